@@ -1,0 +1,31 @@
+"""Recurrent networks for CUDA machines, held to a NumPy reference.
+
+``gpurnn.functional`` has the operations on arrays, ``RNN`` the layers, ``LanguageModel`` the
+character-level language model, ``NGramModel`` and ``MLPModel`` what it is measured against.
+"""
+
+from gpurnn import functional
+from gpurnn.checkpoint import CheckpointError
+from gpurnn.language_model import Evaluation, LanguageModel
+from gpurnn.mlp import MLPModel
+from gpurnn.ngram import NGramModel
+from gpurnn.rnn import RNN
+from gpurnn.text import Corpus, CorpusError, Tokenizer, Vocabulary, load_corpus
+
+__all__ = [
+    "RNN",
+    "CheckpointError",
+    "Corpus",
+    "CorpusError",
+    "Evaluation",
+    "LanguageModel",
+    "MLPModel",
+    "NGramModel",
+    "Tokenizer",
+    "Vocabulary",
+    "__version__",
+    "functional",
+    "load_corpus",
+]
+
+__version__ = "0.1.0"

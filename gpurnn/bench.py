@@ -1,0 +1,252 @@
+"""Speed of whole sequences, forward and backward, against PyTorch in the same run.
+
+The result is checked before anything is timed. Both sides are timed in turn, round by round, so
+that a change in the machine's speed hits both; figures are medians over the rounds.
+"""
+
+import importlib.metadata
+import importlib.util
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpurnn import functional as F
+
+__all__ = ["CPU_SHAPES", "Shape", "environment", "measure_cpu", "summary"]
+
+Floats = NDArray[Any]
+
+ERROR_LIMIT = 1e-4
+"""Largest ‖float32 − float64‖ / ‖float64‖ of a result that is worth timing."""
+
+LEAST_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one benchmark, T steps, n rows, d inputs, h units."""
+
+    T: int
+    n: int
+    d: int
+    h: int
+
+
+CPU_SHAPES = (
+    Shape(32, 1024, 28, 32),
+    Shape(35, 32, 128, 256),
+    Shape(35, 32, 512, 512),
+    Shape(100, 1, 64, 64),
+    Shape(1000, 8, 64, 128),
+    Shape(256, 64, 256, 256),
+    Shape(64, 64, 1024, 1024),
+)
+
+
+class _Problem:
+    """One shape's arrays, float32, drawn from a fixed seed."""
+
+    def __init__(self, shape: Shape) -> None:
+        rng = np.random.default_rng(0)
+        T, n, d, h = shape.T, shape.n, shape.d, shape.h
+
+        def draw(*size: int, scale: float = 1.0) -> Floats:
+            return (scale * rng.standard_normal(size)).astype(np.float32)
+
+        self.X, self.h_0, self.dH = draw(T, n, d), draw(n, h), draw(T, n, h)
+        self.W_xh, self.W_hh = draw(d, h, scale=d**-0.5), draw(h, h, scale=h**-0.5)
+        self.b_h = draw(h)
+
+    def arguments(self, dtype: type) -> tuple[Floats, ...]:
+        return tuple(a.astype(dtype) for a in (self.X, self.h_0, self.W_xh, self.W_hh, self.b_h))
+
+
+def _gpurnn_pass(arguments: tuple[Floats, ...], dH: Floats, backward: bool) -> list[Floats | None]:
+    H, residuals = F.rnn_forward(*arguments)
+    return [H, *F.rnn_backward(dH, residuals)] if backward else [H]
+
+
+class _Torch:
+    """The same problem on torch.nn.RNN."""
+
+    def __init__(self, problem: _Problem) -> None:
+        import torch
+
+        d, h = problem.W_xh.shape
+        self.module = torch.nn.RNN(d, h)
+        with torch.no_grad():
+            for name, a in (
+                ("weight_ih_l0", problem.W_xh.T),
+                ("weight_hh_l0", problem.W_hh.T),
+                ("bias_ih_l0", problem.b_h),
+                ("bias_hh_l0", np.zeros_like(problem.b_h)),
+            ):
+                getattr(self.module, name).copy_(torch.from_numpy(np.ascontiguousarray(a)))
+        self.X = torch.from_numpy(problem.X).requires_grad_()
+        self.h_0 = torch.from_numpy(problem.h_0[None]).requires_grad_()
+        self.dH = torch.from_numpy(problem.dH)
+        self.no_grad = torch.no_grad
+
+    def forward(self) -> Floats:
+        with self.no_grad():
+            H, _ = self.module(self.X, self.h_0)
+        return H.numpy()  # type: ignore[no-any-return]
+
+    def both(self) -> list[Floats]:
+        wanted = [self.X, self.h_0, *self.module.parameters()]
+        for tensor in wanted:
+            tensor.grad = None
+        H, _ = self.module(self.X, self.h_0)
+        H.backward(self.dH)
+        grads = [t.grad for t in wanted]
+        dX, dh_0, dW_xh, dW_hh, db_h, _ = (g.numpy() for g in grads if g is not None)
+        return [H.detach().numpy(), dX, dh_0[0], dW_xh.T, dW_hh.T, db_h]
+
+
+def measure_cpu(
+    *, seconds: float = 2.0, threads: int = 2, shapes: tuple[Shape, ...] = CPU_SHAPES
+) -> Iterator[dict[str, Any]]:
+    """Yield one record per shape: errors, and times of both sides.
+
+    Args:
+        seconds: to spend on each figure of a shape.
+        threads: of the matrix products, on both sides.
+        shapes: what to measure.
+
+    Raises:
+        ImportError: threadpoolctl, which sets the number of threads, is not installed.
+        ArithmeticError: a result is wrong; it is not timed.
+    """
+    from threadpoolctl import threadpool_limits
+
+    with_torch = importlib.util.find_spec("torch") is not None
+    if with_torch:
+        import torch
+
+        torch.set_num_threads(threads)
+    with threadpool_limits(threads):
+        for shape in shapes:
+            yield _measure(shape, seconds, with_torch)
+
+
+def _measure(shape: Shape, seconds: float, with_torch: bool) -> dict[str, Any]:
+    problem = _Problem(shape)
+    single, double = problem.arguments(np.float32), problem.arguments(np.float64)
+    exact = _gpurnn_pass(double, problem.dH.astype(np.float64), True)
+    record: dict[str, Any] = {"shape": vars(shape)}
+    record["error"] = _error(_gpurnn_pass(single, problem.dH, True), exact, shape)
+    sides: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+        "gpurnn": (
+            lambda: _gpurnn_pass(single, problem.dH, False),
+            lambda: _gpurnn_pass(single, problem.dH, True),
+        )
+    }
+    if with_torch:
+        peer = _Torch(problem)
+        record["torch_error"] = _error(peer.both(), exact, shape)
+        sides["torch"] = (peer.forward, peer.both)
+    for column, what in enumerate(("forward", "forward_backward")):
+        times = _in_turn({name: passes[column] for name, passes in sides.items()}, seconds)
+        for name, found in times.items():
+            low, median, high = np.percentile(found, [25, 50, 75])
+            record[f"{name}_{what}_ms"] = {
+                "median": 1e3 * median,
+                "quartiles": [1e3 * low, 1e3 * high],
+                "rounds": len(found),
+            }
+        record[f"{what}_us_per_step"] = 1e6 * float(np.median(times["gpurnn"])) / shape.T
+        if with_torch:
+            ratio = np.median(times["torch"]) / np.median(times["gpurnn"])
+            record[f"{what}_speedup"] = float(ratio)
+    return record
+
+
+def _error(found: Any, exact: Any, shape: Shape) -> float:
+    worst = max(
+        float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in zip(found, exact, strict=True)
+    )
+    if not worst <= ERROR_LIMIT:
+        raise ArithmeticError(f"{shape}: relative error {worst:.2e}, not timed")
+    return worst
+
+
+def _in_turn(passes: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
+    """Time every pass once a round, for about ``seconds`` each, after one untimed round."""
+    times: dict[str, list[float]] = {name: [] for name in passes}
+    for run in passes.values():
+        run()
+    spent = 0.0
+    while spent < seconds * len(passes) or len(times["gpurnn"]) < LEAST_ROUNDS:
+        for name, run in passes.items():
+            before = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - before)
+            spent += times[name][-1]
+    return times
+
+
+def summary(records: list[dict[str, Any]]) -> dict[str, float]:
+    """Return geometric mean and minimum of the speed-ups over PyTorch (none without it)."""
+    ratios = [r["forward_backward_speedup"] for r in records if "forward_backward_speedup" in r]
+    if not ratios:
+        return {}
+    return {
+        "geometric_mean_speedup": float(np.exp(np.mean(np.log(ratios)))),
+        "least_speedup": min(ratios),
+    }
+
+
+def environment(threads: int) -> dict[str, Any]:
+    """Return what a figure depends on: processor, versions, BLAS, commit."""
+    from threadpoolctl import threadpool_info
+
+    versions = {}
+    for package in ("gpurnn", "numpy", "torch"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "processor": _processor(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "blas": [
+            f"{i['internal_api']} {i.get('version')} {i.get('architecture', '')}".strip()
+            for i in threadpool_info()
+            if i["user_api"] == "blas"
+        ],
+        "threads": threads,
+        "commit": _commit(),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _commit() -> str | None:
+    """Return the commit of the source tree this runs from, or None outside one."""
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()

@@ -1,0 +1,51 @@
+"""``gpurnn eval``: how well a model predicts a text."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gpurnn.cli.output import mistakes, note, print_json
+from gpurnn.language_model import LanguageModel
+from gpurnn.text import load_corpus
+
+__all__ = ["evaluate"]
+
+
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A model file that train wrote.")],
+    text: Annotated[
+        str,
+        typer.Argument(help="python-docs, time-machine, the path of a UTF-8 text, or - for stdin."),
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Evaluate a model on a text: exact perplexity, each token predicted from all before it."""
+    with mistakes():
+        lm = LanguageModel.load(model)
+        corpus = load_corpus(text)
+        found = lm.evaluate(corpus.text)
+    if found.unknown:
+        note(
+            f"note: {found.unknown:,} of {found.tokens:,} tokens are outside the model's "
+            "vocabulary and count as <unk>"
+        )
+    if as_json:
+        print_json(
+            {
+                "model": str(model),
+                "text": corpus.name,
+                "sha256": corpus.sha256,
+                "perplexity": found.perplexity,
+                "bits_per_token": found.bits_per_token,
+                "bits_per_character": found.bits_per_character,
+                "tokens": found.tokens,
+                "characters": found.characters,
+                "unknown": found.unknown,
+            }
+        )
+        return
+    typer.echo(f"perplexity          {found.perplexity:.4f} per token")
+    typer.echo(f"bits per token      {found.bits_per_token:.4f}")
+    typer.echo(f"bits per character  {found.bits_per_character:.4f}")
+    typer.echo(f"tokens              {found.tokens:,} predicted, {found.unknown:,} unknown")

@@ -1,0 +1,234 @@
+"""Public operations on arrays: check the arguments, then compute.
+
+Layouts are time-major: X (T, n, d), H (T, n, h). Every function takes float32 or float64 arrays
+(one dtype for all arguments of a call) of any memory order, returns new arrays of that dtype, and
+never writes into its arguments. TypeError and ValueError name the argument, what came and what was
+expected. T = 0 and n = 0 give empty results and zero gradients.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpurnn import reference, validate
+from gpurnn.activations import ReferenceActivation
+
+__all__ = [
+    "HiddenResiduals",
+    "RNNResiduals",
+    "cross_entropy",
+    "embedding",
+    "embedding_backward",
+    "hidden_layer",
+    "hidden_layer_backward",
+    "linear",
+    "linear_backward",
+    "negative_log_likelihood",
+    "rnn_backward",
+    "rnn_forward",
+]
+
+Floats = NDArray[Any]
+Ids = NDArray[Any]
+
+
+def _quiet() -> np.errstate:
+    """Overflow and NaN travel to the result, where they are looked for."""
+    return np.errstate(all="ignore")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RNNResiduals:
+    """What ``rnn_backward`` needs of the forward pass.
+
+    It refers to H and to the arguments of ``rnn_forward`` (copied only where they were not
+    C-contiguous): write to none of them before the backward pass.
+    """
+
+    X: Floats | Ids
+    states: Floats  # (T + 1, n, h): h_0, then H
+    W_xh: Floats
+    W_hh: Floats
+    has_bias: bool
+    activation: ReferenceActivation
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HiddenResiduals:
+    """What ``hidden_layer_backward`` needs; the same holds as for ``RNNResiduals``."""
+
+    X: Floats
+    H: Floats
+    W_xh: Floats
+    has_bias: bool
+    activation: ReferenceActivation
+
+
+def rnn_forward(
+    X: Floats | Ids,
+    h_0: Floats | None,
+    W_xh: Floats,
+    W_hh: Floats,
+    b_h: Floats | None,
+    *,
+    activation: str = "tanh",
+) -> tuple[Floats, RNNResiduals]:
+    """Run H_t = φ(X_t W_xh + H_{t-1} W_hh + b_h) over a sequence (*Dive into Deep Learning* 9.4.5).
+
+    Args:
+        X: (T, n, d) floats, or (T, n) integer token ids in [0, d), each standing for the one-hot
+            row of its id.
+        h_0: (n, h) state before the first step; None is zeros.
+        W_xh: (d, h). W_hh: (h, h). b_h: (h,), or None for no bias.
+        activation: "tanh", "relu", "sigmoid", "softplus" or "identity".
+
+    Returns:
+        H (T, n, h), whose last step is the final state, and the residuals for ``rnn_backward``.
+
+    Raises:
+        TypeError: an argument is no NumPy array, or of another dtype.
+        ValueError: a shape does not fit, an id is out of range, the activation is unknown, or an
+            argument holds a NaN (found where it reached the final state: a NaN always does).
+    """
+    arguments = validate.rnn_forward(X, h_0, W_xh, W_hh, b_h, activation)
+    with _quiet():
+        states = reference.rnn_forward(*arguments)
+    if not np.isfinite(states[-1]).all():
+        validate.refuse_non_finite(arguments._asdict())
+    residuals = RNNResiduals(
+        arguments.X,
+        states,
+        arguments.W_xh,
+        arguments.W_hh,
+        arguments.b_h is not None,
+        arguments.activation,
+    )
+    return states[1:], residuals
+
+
+def rnn_backward(
+    dH: Floats, residuals: RNNResiduals, *, xi: Floats | None = None
+) -> tuple[Floats | None, Floats, Floats, Floats, Floats | None]:
+    """Backpropagate through the sequence of ``rnn_forward``.
+
+    Args:
+        dH: (T, n, h), derivative of the loss by each H_t as the output of its step. A gradient that
+            reaches the final state from elsewhere (the next chunk's dh_0) is added to dH[T − 1].
+        residuals: from ``rnn_forward``.
+        xi: (T,) factors on the gradient that flows from step t to the state before it. None or ones
+            give the full gradient, a zero at t cuts between t − 1 and t (truncated backpropagation
+            through time), independent draws of Bernoulli(π)/π the randomized truncation, whose mean
+            is the full gradient (9.7.1.3).
+
+    Returns:
+        dX (None for ids), dh_0 (n, h), dW_xh, dW_hh, db_h (None without bias).
+
+    Raises:
+        TypeError, ValueError: dH or xi has another dtype or shape than H asks for, or dH holds a
+            NaN.
+    """
+    r = residuals
+    dH_, xi_ = validate.rnn_backward(dH, r.states[1:], xi)
+    with _quiet():
+        dX, dh_0, dW_xh, dW_hh, db_h = reference.rnn_backward(
+            dH_, r.X, r.states, r.W_xh, r.W_hh, r.activation, xi_
+        )
+    if not np.isfinite(db_h).all():
+        validate.refuse_non_finite({"dH": dH_, "xi": xi_})
+    return dX, dh_0, dW_xh, dW_hh, db_h if r.has_bias else None
+
+
+def hidden_layer(
+    X: Floats, W_xh: Floats, b_h: Floats | None, *, activation: str = "tanh"
+) -> tuple[Floats, HiddenResiduals]:
+    """H = φ(X W_xh + b_h) (9.4.3): X (…, d), W_xh (d, h), b_h (h,) or None → H (…, h), residuals.
+
+    A hidden *layer*: unlike ``rnn_forward`` it has no hidden *state*.
+    """
+    X_, W_xh_, b_h_, phi = validate.hidden_layer(X, W_xh, b_h, activation)
+    with _quiet():
+        H = reference.hidden_layer(X_, W_xh_, b_h_, phi)
+    if not np.isfinite(H).all():
+        validate.refuse_non_finite({"X": X_, "W_xh": W_xh_, "b_h": b_h_})
+    return H, HiddenResiduals(X_, H, W_xh_, b_h_ is not None, phi)
+
+
+def hidden_layer_backward(
+    dH: Floats, residuals: HiddenResiduals
+) -> tuple[Floats, Floats, Floats | None]:
+    """Return dX, dW_xh, db_h (None without bias) of ``hidden_layer``; dH has H's shape."""
+    r = residuals
+    dH_ = validate.like("dH", dH, "H", r.H)
+    with _quiet():
+        dX, dW_xh, db_h = reference.hidden_layer_backward(dH_, r.X, r.H, r.W_xh, r.activation)
+    if not np.isfinite(db_h).all():
+        validate.refuse_non_finite({"dH": dH_})
+    return dX, dW_xh, db_h if r.has_bias else None
+
+
+def linear(H: Floats, W_hq: Floats, b_q: Floats | None = None) -> Floats:
+    """O = H W_hq + b_q (9.4.6): H (…, h), W_hq (h, q), b_q (q,) or None → O (…, q)."""
+    H_, W_hq_, b_q_ = validate.linear(H, W_hq, b_q)
+    with _quiet():
+        O = reference.linear(H_, W_hq_, b_q_)
+    if not np.isfinite(O).all():
+        validate.refuse_non_finite({"H": H_, "W_hq": W_hq_, "b_q": b_q_})
+    return O
+
+
+def linear_backward(dO: Floats, H: Floats, W_hq: Floats) -> tuple[Floats, Floats, Floats]:
+    """Return dH (…, h), dW_hq (h, q), db_q (q,) of ``linear``; dO is (…, q)."""
+    dO_, H_, W_hq_ = validate.linear_backward(dO, H, W_hq)
+    with _quiet():
+        dH, dW_hq, db_q = reference.linear_backward(dO_, H_, W_hq_)
+    if not np.isfinite(db_q).all():
+        validate.refuse_non_finite({"dO": dO_})
+    return dH, dW_hq, db_q
+
+
+def embedding(ids: Ids, E: Floats) -> Floats:
+    """Rows of E (|V|, d) by token id: ids (…) → (…, d).
+
+    Raises:
+        ValueError: an id is negative or at least |V|; the message says which and where.
+    """
+    ids_, E_ = validate.embedding(ids, E)
+    return np.take(E_, ids_, axis=0)
+
+
+def embedding_backward(dX: Floats, ids: Ids, num_rows: int) -> Floats:
+    """Return dE (num_rows, d): the rows of dX (…, d) added up by their id, always in one order."""
+    return reference.embedding_backward(*validate.embedding_backward(dX, ids, num_rows))
+
+
+def cross_entropy(O: Floats, targets: Ids) -> tuple[float, Floats]:
+    """Softmax and cross-entropy of all rows at once.
+
+    Args:
+        O: (…, q) logits. targets: (…) integer ids in [0, q).
+
+    Returns:
+        loss: mean over all rows of −log softmax(O)[target], natural logarithm, summed in float64.
+        dO: (…, q), its gradient (softmax(O) − onehot(target)) / rows.
+
+    Raises:
+        TypeError, ValueError: as above; also where there is no row at all, or O holds a NaN.
+    """
+    O_, targets_ = validate.cross_entropy(O, targets)
+    with _quiet():
+        loss, dO = reference.cross_entropy(O_, targets_)
+    if np.isnan(loss):
+        validate.refuse_non_finite({"O": O_})
+    return loss, dO.reshape(np.shape(O))
+
+
+def negative_log_likelihood(O: Floats, targets: Ids) -> Floats:
+    """−log softmax(O)[target] of each row: O (…, q), targets (…) → (…), natural logarithm."""
+    O_, targets_ = validate.cross_entropy(O, targets)
+    with _quiet():
+        nll = reference.negative_log_likelihood(O_, targets_)
+    if np.isnan(nll).any():
+        validate.refuse_non_finite({"O": O_})
+    return nll.reshape(np.shape(targets))

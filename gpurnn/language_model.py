@@ -1,0 +1,377 @@
+"""A language model: tokenizer, recurrence, output layer (*Dive into Deep Learning* 9.4.3, 9.5)."""
+
+import math
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from gpurnn import checkpoint, loss, validate
+from gpurnn import functional as F
+from gpurnn.rnn import RNN, Initialisation, draw_weights
+from gpurnn.sampling import Sampler
+from gpurnn.text import Tokenizer, Vocabulary
+
+__all__ = ["Evaluation", "LanguageModel"]
+
+Floats = NDArray[Any]
+Ids = NDArray[Any]
+
+EVALUATION_CHUNK = 1024  # time steps whose logits are held at once
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How well a model predicts a text.
+
+    Attributes:
+        nats: −log p of all predicted tokens, added up (natural logarithm).
+        tokens: predicted tokens: all but the first, which nothing comes before.
+        characters: what the predicted tokens stand for, separators included.
+        unknown: predicted tokens outside the vocabulary, counted as ``<unk>``.
+    """
+
+    nats: float
+    tokens: int
+    characters: int
+    unknown: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nats / tokens)."""
+        return loss.perplexity(self.nats / self.tokens)
+
+    @property
+    def bits_per_token(self) -> float:
+        """Bits per predicted token."""
+        return self.nats / self.tokens / math.log(2)
+
+    @property
+    def bits_per_character(self) -> float:
+        """Bits per character: comparable between character and word models of one text."""
+        return self.nats / self.characters / math.log(2)
+
+
+class LanguageModel:
+    """Predicts the next token: O_t = H_t W_hq + b_q over the states of an ``RNN``.
+
+    Args:
+        vocabulary: the tokens; q = |V| logits a step.
+        tokenizer: how a text becomes tokens; the same for training, evaluation and prefixes.
+        hidden_size, num_layers, activation, bias, dtype, init, seed: see ``RNN``.
+        embedding_size: None feeds the one-hot vector of each token, as the book does (by picking
+            rows of W_xh); a number learns an embedding E (|V|, embedding_size) in between.
+        dropout: probability of zeroing an input of the output layer in training; 0 ≤ p < 1.
+
+    Attributes:
+        about: what the file that ``load`` read says of the model's origin.
+
+    Raises:
+        TypeError, ValueError: a size below 1, an unknown activation, …; see ``RNN``.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        tokenizer: Tokenizer | None = None,
+        *,
+        hidden_size: int = 32,
+        num_layers: int = 1,
+        activation: str = "tanh",
+        bias: bool = True,
+        embedding_size: int | None = None,
+        dropout: float = 0.0,
+        dtype: DTypeLike = np.float32,
+        init: Initialisation = "uniform",
+        seed: int | np.random.Generator = 0,
+    ) -> None:
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout}: expected a probability in [0, 1)")
+        self.vocabulary = vocabulary
+        self.tokenizer = Tokenizer() if tokenizer is None else tokenizer
+        self.dropout = dropout
+        self.about: dict[str, Any] = {}
+        q = len(vocabulary)
+        rng = np.random.default_rng(seed)
+        self.embedding_size = embedding_size
+        self._own: dict[str, Floats] = {}
+        input_size = q
+        if embedding_size is not None:
+            input_size = validate.positive("embedding_size", embedding_size)
+            E = rng.standard_normal((q, input_size)) / math.sqrt(input_size)  # rows of unit length
+            self._own["E"] = E.astype(validate.dtype("dtype", dtype))
+        self.rnn = RNN(
+            input_size,
+            hidden_size,
+            num_layers,
+            activation=activation,
+            bias=bias,
+            dtype=dtype,
+            init=init,
+            seed=rng,
+        )
+        h = hidden_size
+        self._own["W_hq"] = draw_weights(init, h, (h, q), self.rnn.dtype, rng)
+        if bias:
+            self._own["b_q"] = draw_weights(init, h, (q,), self.rnn.dtype, rng)
+
+    @property
+    def params(self) -> Mapping[str, Floats]:
+        """All parameters by name: the RNN's, W_hq (h, q), b_q (q,), E. Change them in place."""
+        return MappingProxyType({**self.rnn.params, **self._own})
+
+    def num_parameters(self) -> int:
+        """Return how many numbers ``params`` holds: 2,876 for |V| = 28, h = 32, at any T."""
+        return sum(p.size for p in self.params.values())
+
+    def init_state(self, n: int = 1) -> Floats:
+        """Return the zero state for n sequences."""
+        return self.rnn.init_state(n)
+
+    def forward(self, X: Ids, state: Floats | None = None) -> tuple[Floats, Floats]:
+        """Return the logits O (T, n, q) for the ids X (T, n), and the final state."""
+        H, state, _ = self.rnn.forward(self._inputs(X), state)
+        return F.linear(H, self._own["W_hq"], self._own.get("b_q")), state
+
+    def step(self, X_t: Ids, state: Floats) -> tuple[Floats, Floats]:
+        """Update the state once: ids X_t (n,) → the next state, and O_t (n, q)."""
+        O, state = self.forward(np.asarray(X_t)[None], state)
+        return state, O[0]
+
+    def loss_and_gradients(
+        self,
+        X: Ids,
+        Y: Ids,
+        state: Floats | None = None,
+        *,
+        xi: Floats | None = None,
+        rng: np.random.Generator | None = None,
+    ) -> tuple[float, dict[str, Floats], Floats]:
+        """One pass forward and back.
+
+        Args:
+            X: (T, n) ids. Y: (T, n), the ids one step later.
+            state: before the first step; None is zeros. No gradient flows into it.
+            xi: (T,) factors that truncate, see ``functional.rnn_backward``; None is full.
+            rng: draws the dropout mask; None leaves dropout out.
+
+        Returns:
+            The mean cross-entropy over all T·n targets, the gradients by name, the final state.
+        """
+        W_hq, E = self._own["W_hq"], self._own.get("E")
+        H, state, residuals = self.rnn.forward(self._inputs(X), state)
+        mask = None
+        if rng is not None and self.dropout > 0:  # kept values grow, so that the mean stays
+            kept = rng.random(H.shape, dtype=np.float32) >= self.dropout
+            mask = kept.astype(H.dtype) / H.dtype.type(1 - self.dropout)
+            H = H * mask
+        O = F.linear(H, W_hq, self._own.get("b_q"))
+        mean, dO = F.cross_entropy(O, Y)
+        dH, dW_hq, db_q = F.linear_backward(dO, H, W_hq)
+        if mask is not None:
+            dH *= mask
+        dX, _, grads = self.rnn.backward(dH, residuals, xi=xi)
+        grads["W_hq"] = dW_hq
+        if "b_q" in self._own:
+            grads["b_q"] = db_q
+        if E is not None:
+            assert dX is not None
+            grads["E"] = F.embedding_backward(dX, X, len(E))
+        return mean, grads, state
+
+    def negative_log_likelihood(
+        self, X: Ids, Y: Ids, state: Floats | None = None
+    ) -> tuple[Floats, Floats]:
+        """−log p of each target Y (T, n) given X (T, n), natural logarithm; and the final state."""
+        O, state = self.forward(X, state)
+        return F.negative_log_likelihood(O, Y), state
+
+    def encode(self, text: str) -> Ids:
+        """Return the ids of a text's tokens; what the vocabulary lacks becomes ``<unk>``."""
+        return self.vocabulary.encode(self.tokenizer.tokens(text))
+
+    def evaluate(self, text: str) -> Evaluation:
+        """Predict each token of a text from all before it, the state carried from first to last.
+
+        Memory does not grow with the text's length beyond its ids.
+
+        Raises:
+            ValueError: fewer than two tokens remain after preprocessing.
+        """
+        ids = self.encode(text)
+        if len(ids) < 2:
+            raise ValueError(
+                f"text has {len(ids)} tokens after preprocessing: evaluation needs at least 2"
+            )
+        return self.evaluate_ids(ids)
+
+    def evaluate_ids(self, ids: Ids) -> Evaluation:
+        """Evaluate ids (N,), N ≥ 2, as ``evaluate`` does a text."""
+        if ids.ndim != 1 or len(ids) < 2:
+            raise ValueError(f"ids has shape {ids.shape}: expected (N,) with N at least 2")
+        nats, state = 0.0, None
+        for start in range(0, len(ids) - 1, EVALUATION_CHUNK):
+            window = ids[start : start + EVALUATION_CHUNK + 1, None]
+            nll, state = self.negative_log_likelihood(window[:-1], window[1:], state)
+            nats += float(nll.sum(dtype=np.float64))
+        tokens = self.vocabulary.decode(ids)
+        characters = len(self.tokenizer.join(tokens)) - len(tokens[0])
+        unknown = int(np.count_nonzero(ids[1:] == self.vocabulary.unk))
+        return Evaluation(nats, len(ids) - 1, characters, unknown)
+
+    def perplexity(self, text: str) -> float:
+        """Exact perplexity of a text: ``evaluate(text).perplexity``."""
+        return self.evaluate(text).perplexity
+
+    def bits_per_character(self, text: str) -> float:
+        """Bits per character of a text: ``evaluate(text).bits_per_character``."""
+        return self.evaluate(text).bits_per_character
+
+    def generate(
+        self,
+        prefix: str,
+        n: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+    ) -> str:
+        """Continue a text by n tokens.
+
+        The prefix is preprocessed like the training text and warms up the state. Characters that
+        are outside the vocabulary even then are read as ``<unk>``, with a warning that names them.
+        ``<unk>`` and reserved tokens are never generated.
+
+        Args:
+            prefix: at least one token.
+            n: how many tokens to add.
+            temperature, top_k, top_p, seed: see ``sampling.Sampler``; temperature 0 is greedy.
+
+        Returns:
+            The prefix as given, then the continuation.
+
+        Raises:
+            ValueError: an empty prefix, n below 0, a setting out of range.
+        """
+        if n < 0:
+            raise ValueError(f"n is {n}: expected 0 or more tokens to generate")
+        sampler = Sampler(temperature, top_k, top_p, self.vocabulary.reserved_ids, seed)
+        ids = self.encode_prefix(prefix)
+        return self.continued(prefix, list(self.generate_ids(ids, n, sampler)))
+
+    def encode_prefix(self, prefix: str) -> Ids:
+        """Return the ids of a prefix (N,), N ≥ 1; warn of what the vocabulary lacks."""
+        tokens = self.tokenizer.tokens(prefix)
+        if not tokens:
+            raise ValueError(
+                f"prefix {prefix!r} holds no token after preprocessing: expected at least one"
+            )
+        unknown = sorted({token for token in tokens if token not in self.vocabulary})
+        if unknown:
+            named = ", ".join(map(repr, unknown))
+            warnings.warn(f"not in the vocabulary, read as <unk>: {named}", stacklevel=3)
+        return self.vocabulary.encode(tokens)
+
+    def continued(self, prefix: str, ids: Iterable[int]) -> str:
+        """Return the prefix as given, then the tokens of ``ids`` as the tokenizer joins them."""
+        tokens = self.vocabulary.decode(np.fromiter(ids, dtype=np.int64))
+        return prefix + self.tokenizer.join(["", *tokens] if tokens else [])
+
+    def generate_ids(self, prefix: Ids, n: int, sampler: Sampler) -> Iterator[int]:
+        """Yield n ids, each drawn given the prefix (N,) and all drawn before it."""
+        H, state = self.rnn(self._inputs(prefix[:, None]))
+        O = F.linear(H[-1], self._own["W_hq"], self._own.get("b_q"))
+        for i in range(n):
+            token = sampler.draw(O[0])
+            yield token
+            if i + 1 < n:
+                state, O = self.step(np.array([token]), state)
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        params: Mapping[str, Floats] | None = None,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write the model, whole or not at all.
+
+        Args:
+            path: the file.
+            params: parameters to write instead of the current ones.
+            about: any JSON to keep with the model, such as what it was trained on.
+
+        Raises:
+            OSError: the file could not be written; one of that name is as it was.
+        """
+        arrays = dict(self.params if params is None else params)
+        document = {"model": self.config(), "about": dict(about or {})}
+        checkpoint.write(path, checkpoint.Contents("model", arrays, document))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a model that ``save`` wrote.
+
+        Raises:
+            CheckpointError: the file is missing, truncated, foreign or changed, and why.
+        """
+        contents = checkpoint.read(path, "model")
+        try:
+            model = cls.from_config(contents.document["model"], contents.arrays)
+            model.about = contents.document["about"]
+            return model
+        except (KeyError, TypeError, ValueError) as e:
+            raise checkpoint.CheckpointError(f"{path} holds no usable model: {e}") from e
+
+    def config(self) -> dict[str, Any]:
+        """Return all but the parameters, as JSON."""
+        return {
+            "tokenizer": self.tokenizer.config(),
+            "tokens": list(self.vocabulary.tokens),
+            "num_reserved": len(self.vocabulary.reserved_ids) - 1,
+            "hidden_size": self.rnn.hidden_size,
+            "num_layers": self.rnn.num_layers,
+            "activation": self.rnn.activation,
+            "bias": self.rnn.bias,
+            "embedding_size": self.embedding_size,
+            "dropout": self.dropout,
+            "dtype": self.rnn.dtype.name,
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], params: Mapping[str, Floats]) -> Self:
+        """Build a model from ``config()`` and its parameters."""
+        options = dict(config)
+        tokenizer = Tokenizer.from_config(options.pop("tokenizer"))
+        vocabulary = Vocabulary.from_tokens_in_order(
+            options.pop("tokens"), num_reserved=options.pop("num_reserved")
+        )
+        model = cls(vocabulary, tokenizer, **options)
+        model.load_params(params)
+        return model
+
+    def load_params(self, params: Mapping[str, Floats]) -> None:
+        """Copy parameters in; names, shapes and dtype must be this model's, all values finite.
+
+        Raises:
+            TypeError, ValueError: they are not; then nothing has been copied.
+        """
+        own = self.params
+        if set(params) != set(own):
+            raise ValueError(f"parameters {sorted(params)}: expected {sorted(own)}")
+        checked = {name: validate.like(name, params[name], name, own[name]) for name in own}
+        validate.refuse_non_finite(checked)
+        for name, a in checked.items():
+            own[name][...] = a
+
+    def _inputs(self, X: Ids) -> Floats | Ids:
+        E = self._own.get("E")
+        if E is None:
+            return X
+        return F.embedding(X, E)

@@ -1,0 +1,158 @@
+"""Optimizers, global-norm clipping and learning-rate schedules.
+
+An optimizer updates parameters in place and keeps its own arrays in ``state``, by name, so that a
+checkpoint can hold them. θ are the parameters, g the gradients, η the learning rate.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpurnn import validate
+
+__all__ = [
+    "OPTIMIZERS",
+    "SCHEDULES",
+    "SGD",
+    "AdamW",
+    "Momentum",
+    "Optimizer",
+    "clip_global_norm",
+    "make_optimizer",
+    "scheduled",
+]
+
+Floats = NDArray[Any]
+Params = Mapping[str, Floats]
+
+OPTIMIZERS = ("sgd", "momentum", "adamw")
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+class Optimizer(Protocol):
+    """What training needs of an optimizer."""
+
+    state: dict[str, Floats]
+
+    def step(self, params: Params, grads: Params, lr: float) -> None:
+        """Update every parameter in place from its gradient, with learning rate ``lr``."""
+
+
+class SGD:
+    """θ ← θ − η g (*Dive into Deep Learning* 12.4)."""
+
+    def __init__(self) -> None:
+        self.state: dict[str, Floats] = {}
+
+    def step(self, params: Params, grads: Params, lr: float) -> None:
+        """Update ``params`` in place."""
+        for name, p in params.items():
+            p -= lr * grads[name]
+
+
+class Momentum:
+    """v ← μ v + g, θ ← θ − η v (*Dive into Deep Learning* 12.6)."""
+
+    def __init__(self, params: Params, momentum: float = 0.9) -> None:
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum is {momentum}: expected a number in [0, 1)")
+        self.momentum = momentum
+        self.state = {f"v.{name}": np.zeros_like(p) for name, p in params.items()}
+
+    def step(self, params: Params, grads: Params, lr: float) -> None:
+        """Update ``params`` in place."""
+        for name, p in params.items():
+            v = self.state[f"v.{name}"]
+            v *= self.momentum
+            v += grads[name]
+            p -= lr * v
+
+
+class AdamW:
+    """Adam with decoupled weight decay (Loshchilov and Hutter, 2019).
+
+    m ← β₁ m + (1 − β₁) g, v ← β₂ v + (1 − β₂) g², θ ← θ − η (λ θ + m̂ / (√v̂ + ε)), where m̂ and v̂
+    are m and v over 1 − βᵗ at update t. Every parameter decays alike.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas is {betas}: expected two numbers in [0, 1)")
+        if not weight_decay >= 0:
+            raise ValueError(f"weight_decay is {weight_decay}: expected 0 or more")
+        self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
+        self.state = {f"m.{name}": np.zeros_like(p) for name, p in params.items()}
+        self.state |= {f"v.{name}": np.zeros_like(p) for name, p in params.items()}
+        self.state["updates"] = np.zeros(1, np.int64)
+
+    def step(self, params: Params, grads: Params, lr: float) -> None:
+        """Update ``params`` in place."""
+        self.state["updates"] += 1
+        t = int(self.state["updates"][0])
+        correction_1, correction_2 = (1 - beta**t for beta in self.betas)
+        for name, p in params.items():
+            m, v, g = self.state[f"m.{name}"], self.state[f"v.{name}"], grads[name]
+            m += (1 - self.betas[0]) * (g - m)
+            v += (1 - self.betas[1]) * (g * g - v)
+            update = np.sqrt(v / correction_2)
+            update += self.eps
+            np.divide(m, update, out=update)
+            update *= lr / correction_1
+            if self.weight_decay:
+                update += lr * self.weight_decay * p
+            p -= update
+
+
+def make_optimizer(
+    name: str, params: Params, *, momentum: float = 0.9, weight_decay: float = 0.0
+) -> Optimizer:
+    """Return the optimizer ``name`` ("sgd", "momentum", "adamw") for ``params``.
+
+    Raises:
+        ValueError: the name is unknown, or weight decay is asked of one that has none.
+    """
+    validate.choice("optimizer", name, OPTIMIZERS)
+    if weight_decay and name != "adamw":
+        raise ValueError(f"weight_decay is {weight_decay}: only adamw has it, not {name}")
+    if name == "sgd":
+        return SGD()
+    if name == "momentum":
+        return Momentum(params, momentum)
+    return AdamW(params, weight_decay=weight_decay)
+
+
+def clip_global_norm(grads: Params, max_norm: float | None = None) -> float:
+    """Scale all gradients in place so that together they are no longer than ``max_norm`` (9.5.3).
+
+    Returns the norm before: √ of the sum of all squares, added in float64. With ``max_norm`` None
+    nothing is scaled.
+    """
+    norm = math.sqrt(sum(float(np.sum(np.square(g, dtype=np.float64))) for g in grads.values()))
+    if max_norm is not None and math.isfinite(norm) and norm > max_norm:
+        for g in grads.values():
+            g *= max_norm / norm
+    return norm
+
+
+def scheduled(lr: float, schedule: str, step: int, total: int, warmup: int = 0) -> float:
+    """Return the learning rate of update ``step`` (from 0) of ``total``.
+
+    The first ``warmup`` updates rise linearly to ``lr``. From there "constant" stays, "linear"
+    falls towards 0 in a straight line, "cosine" along half a cosine.
+    """
+    validate.choice("schedule", schedule, SCHEDULES)
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    if schedule == "constant":
+        return lr
+    done = min((step - warmup) / max(total - warmup, 1), 1.0)
+    return lr * (1 - done if schedule == "linear" else (1 + math.cos(math.pi * done)) / 2)

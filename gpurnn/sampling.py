@@ -1,0 +1,81 @@
+"""From logits to the next token: temperature, top-k, top-p, and the draw."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Sampler"]
+
+Floats = NDArray[Any]
+Ids = NDArray[Any]
+
+
+class Sampler:
+    """Turns logits into probabilities and draws from them.
+
+    Args:
+        temperature: divides the logits; 0 is greedy (the likeliest token, the lowest id among
+            equals), 1 the model's own distribution.
+        top_k: keep the k likeliest tokens (among equals the lowest ids). None keeps all.
+        top_p: then keep the fewest likeliest tokens whose probabilities, renewed after top_k, add
+            up to at least p (Holtzman et al., 2020). None keeps all.
+        never: ids that are not drawn (such as ``<unk>``).
+        seed: of the draws, a number or a generator; None differs from run to run.
+
+    Raises:
+        ValueError: temperature below 0, top_k below 1, top_p outside (0, 1].
+    """
+
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        never: tuple[int, ...] = (),
+        seed: int | np.random.Generator | None = None,
+    ) -> None:
+        if not 0 <= temperature < np.inf:
+            raise ValueError(f"temperature is {temperature}: expected a finite number, 0 or more")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k is {top_k}: expected at least 1")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ValueError(f"top_p is {top_p}: expected a number in (0, 1]")
+        self.temperature = temperature
+        self.top_k = top_k
+        self.top_p = top_p
+        self.never = list(never)
+        self.rng = np.random.default_rng(seed)
+
+    def probabilities(self, O: Floats) -> Floats:
+        """Return the float64 distribution (q,) that the logits O (q,) are drawn from."""
+        logits = np.array(O, dtype=np.float64)
+        logits[self.never] = -np.inf
+        if self.temperature == 0:
+            p = np.zeros_like(logits)
+            p[np.argmax(logits)] = 1
+            return p
+        logits -= logits.max()
+        with np.errstate(over="ignore"):  # a tiny temperature: −inf is right
+            p = np.exp(logits / self.temperature)
+        p /= p.sum()
+        if self.top_k is None and self.top_p is None:
+            return p
+        falling = np.argsort(-p, kind="stable")
+        keep = len(p) if self.top_k is None else min(self.top_k, len(p))
+        if self.top_p is not None:
+            kept = p[falling[:keep]]
+            reached = np.cumsum(kept / kept.sum()) >= self.top_p
+            keep = int(np.argmax(reached)) + 1 if reached.any() else keep
+        p[falling[keep:]] = 0
+        p /= p.sum()
+        return p
+
+    def draw(self, O: Floats) -> int:
+        """Draw one id from the logits O (q,): one uniform number, by inverting the distribution."""
+        p = self.probabilities(O)
+        if self.temperature == 0:
+            return int(np.argmax(p))
+        cumulative = np.cumsum(p)
+        u = self.rng.random() * cumulative[-1]
+        return int(np.searchsorted(cumulative, u, side="right"))

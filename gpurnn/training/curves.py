@@ -1,0 +1,54 @@
+"""The history of a run as a picture."""
+
+import io
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from gpurnn.files import write_atomically
+
+__all__ = ["plot_curves"]
+
+
+def plot_curves(
+    history: Sequence[dict[str, Any]], path: str | os.PathLike[str], *, title: str = ""
+) -> None:
+    """Draw training and validation perplexity by epoch, on a logarithmic axis, as a PNG.
+
+    Readable in grey: the training curve is solid, the validation curve dashed with dots.
+
+    Raises:
+        ValueError: the history has no record.
+        OSError: the file could not be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+    if not history:
+        raise ValueError("history is empty: a curve needs at least one epoch")
+    figure = Figure(figsize=(6.4, 4.0), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    epochs = [record["epoch"] for record in history]
+    axes.plot(epochs, [r["train_perplexity"] for r in history], "-", color="0.1", label="training")
+    if "valid_perplexity" in history[0]:
+        valid = [r["valid_perplexity"] for r in history]
+        marker = "." if len(epochs) <= 50 else ""
+        axes.plot(epochs, valid, "--", marker=marker, color="0.45", label="validation")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter() if _decades(axes) > 1 else ScalarFormatter())
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("perplexity per token")
+    axes.set_title(title)
+    axes.grid(True, which="both", color="0.9")
+    axes.legend()
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    write_atomically(path, picture.getvalue())
+
+
+def _decades(axes: Any) -> float:
+    low, high = axes.get_ylim()
+    return float(high / low) / 10

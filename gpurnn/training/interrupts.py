@@ -1,0 +1,43 @@
+"""Ctrl-C (and SIGTERM) as a request that the loop sees between two updates."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+__all__ = ["Interrupts", "noticed_interrupts"]
+
+
+class Interrupts:
+    """Holds the number of the signal that came, or None."""
+
+    signal: int | None = None
+
+
+@contextmanager
+def noticed_interrupts() -> Iterator[Interrupts]:
+    """Note the first SIGINT or SIGTERM instead of being stopped by it; a second one stops at once.
+
+    Outside the main thread, where Python delivers no signals, nothing is changed.
+    """
+    noticed = Interrupts()
+    if threading.current_thread() is not threading.main_thread():
+        yield noticed
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def notice(number: int, frame: FrameType | None) -> None:
+        noticed.signal = number
+        restore()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    for number in before:
+        signal.signal(number, notice)
+    try:
+        yield noticed
+    finally:
+        restore()

@@ -1,0 +1,178 @@
+"""A run with its files: started, saved as it goes, interrupted, resumed, finished."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpurnn import checkpoint
+from gpurnn.files import write_atomically
+from gpurnn.training.config import TrainingConfig
+from gpurnn.training.curves import plot_curves
+from gpurnn.training.interrupts import noticed_interrupts
+from gpurnn.training.run import Run, prepare
+
+__all__ = ["RunFiles", "Session", "resume", "start"]
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """The files of a run, all beside ``model``."""
+
+    model: Path
+
+    @classmethod
+    def beside(cls, out: str | os.PathLike[str]) -> "RunFiles":
+        """Return the files of the run whose model goes to ``out`` (a name ending in .safetensors).
+
+        Raises:
+            ValueError: ``out`` is a folder, or has another suffix.
+        """
+        path = Path(out)
+        if path.is_dir():
+            raise ValueError(f"out is the folder {path}: expected a file name")
+        if path.suffix != ".safetensors":
+            raise ValueError(f"out is {path}: expected a name that ends in .safetensors")
+        return cls(path)
+
+    @property
+    def training(self) -> Path:
+        """The checkpoint: whole state of the run, to resume from."""
+        return self.model.with_suffix(".training.safetensors")
+
+    @property
+    def history(self) -> Path:
+        """One JSON record a line, one line an epoch."""
+        return self.model.with_suffix(".history.jsonl")
+
+    @property
+    def curves(self) -> Path:
+        """Training and validation perplexity by epoch, a PNG."""
+        return self.model.with_suffix(".curves.png")
+
+
+class Session:
+    """Drives a ``Run`` and keeps its files up to date.
+
+    The checkpoint is written when ``save_every`` seconds have passed since the last one, when the
+    run is interrupted and when it ends; the model file (the best parameters so far) and the
+    history after it. Each write replaces a file at once or not at all, so a run that is killed at
+    any moment goes on from the last checkpoint, to the same bits as one never killed.
+    """
+
+    def __init__(self, run: Run, files: RunFiles, *, save_every: float = 15.0) -> None:
+        self.run = run
+        self.files = files
+        self.save_every = save_every
+        self._saved_at = time.monotonic()
+
+    def train(
+        self,
+        on_step: Callable[[], None] = lambda: None,
+        on_epoch: Callable[[dict[str, Any]], None] = lambda record: None,
+    ) -> int | None:
+        """Train to the end or to an interrupt.
+
+        Args:
+            on_step: called after every update.
+            on_epoch: called after every epoch with its record.
+
+        Returns:
+            None when the run is finished and its files are complete; the number of the signal
+            when it was interrupted, with everything saved.
+
+        Raises:
+            TrainingDiverged: see ``Trainer.run``; the last checkpoint is from before.
+            OSError: a file could not be written; the files on disk are whole, if older.
+        """
+        trainer = self.run.trainer
+        with noticed_interrupts() as interrupts:
+            self.save()  # an unwritable place is found before the work, not after
+
+            def after_step() -> bool:
+                on_step()
+                if time.monotonic() - self._saved_at >= self.save_every:
+                    self.save()
+                return interrupts.signal is None
+
+            finished = trainer.run(after_step, on_epoch)
+            self.save()
+            if trainer.history:
+                plot_curves(trainer.history, self.files.curves, title=self.run.corpus.name)
+            if not finished:
+                return interrupts.signal
+        trainer.keep_best()
+        return None
+
+    def save(self) -> None:
+        """Write the checkpoint, then the model and the history if there is an epoch to tell of."""
+        trainer = self.run.trainer
+        contents = trainer.contents()
+        contents.document["corpus"] = {
+            "name": self.run.corpus.name,
+            "origin": self.run.corpus.origin,
+            "sha256": self.run.corpus.sha256,
+        }
+        checkpoint.write(self.files.training, contents)
+        if trainer.history:
+            self.run.model.save(self.files.model, params=trainer.best, about=self.run.about())
+            lines = "".join(json.dumps(record) + "\n" for record in trainer.history)
+            write_atomically(self.files.history, lines.encode())
+        self._saved_at = time.monotonic()
+
+
+def start(
+    config: TrainingConfig,
+    out: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    save_every: float = 15.0,
+) -> Session:
+    """Prepare a new run whose model goes to ``out``.
+
+    Raises:
+        FileExistsError: a file of an earlier run is there and ``overwrite`` is False.
+        ValueError: see ``prepare`` and ``RunFiles.beside``.
+    """
+    files = RunFiles.beside(out)
+    for path in (files.model, files.training):
+        if path.exists() and not overwrite:
+            raise FileExistsError(
+                f"{path} exists: resume that run, overwrite it, or give another --out"
+            )
+    return Session(prepare(config), files, save_every=save_every)
+
+
+def resume(
+    out: str | os.PathLike[str], *, epochs: int | None = None, save_every: float = 15.0
+) -> Session:
+    """Take up the run whose model goes to ``out``, from its checkpoint.
+
+    Args:
+        out: as it was given to ``start``.
+        epochs: go on to so many instead of those the run was started with.
+
+    Raises:
+        CheckpointError: there is no checkpoint, it is damaged, or the text is no longer the same.
+        CorpusError: the corpus cannot be had.
+    """
+    files = RunFiles.beside(out)
+    contents = checkpoint.read(files.training, "training")
+    try:
+        config = TrainingConfig.from_json(contents.document["config"])
+        before = contents.document["corpus"]["sha256"]
+        if epochs is not None:
+            config = TrainingConfig.from_json({**config.as_json(), "epochs": epochs})
+        run = prepare(config)
+        if run.corpus.sha256 != before:
+            raise checkpoint.CheckpointError(
+                f"{files.training} was trained on a text with sha256 {before}, but "
+                f"{run.corpus.name} ({run.corpus.origin}) now has {run.corpus.sha256}"
+            )
+        run.trainer.restore(contents)
+    except (KeyError, TypeError) as e:
+        raise checkpoint.CheckpointError(f"{files.training} holds no usable run: {e!r}") from e
+    return Session(run, files, save_every=save_every)

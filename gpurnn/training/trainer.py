@@ -1,0 +1,278 @@
+"""The training loop, and its whole state as something that can be saved and taken up again."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpurnn import checkpoint
+from gpurnn.batches import Sampler
+from gpurnn.language_model import LanguageModel
+from gpurnn.optimizers import clip_global_norm, make_optimizer, scheduled
+from gpurnn.training.config import TrainingConfig
+from gpurnn.training.validation import Losses, Validation
+from gpurnn.validate import NonFiniteError
+
+__all__ = ["Trainer", "TrainingDiverged"]
+
+Floats = NDArray[Any]
+Record = dict[str, Any]
+
+
+class TrainingDiverged(ArithmeticError):
+    """The loss or a gradient is no longer finite; the message says where and what to try."""
+
+
+@dataclass
+class _Progress:
+    """Where a run stands, all but arrays and random generators."""
+
+    epoch: int = 0  # completed epochs
+    batch: int = 0  # batches done in the current one
+    step: int = 0  # updates so far
+    seconds: float = 0.0
+    epoch_seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)  # of the current epoch's batches
+    tokens: list[int] = field(default_factory=list)
+    largest_norm: float = 0.0  # of the current epoch's gradients, before clipping
+    best_loss: float | None = None
+    best_epoch: int = 0
+    history: list[Record] = field(default_factory=list)
+
+
+class Trainer:
+    """Trains a ``LanguageModel`` in place.
+
+    Args:
+        model: updated in place.
+        sampler: gives the batches (``gpurnn.batches``).
+        config: optimisation; its text and model settings are only carried along.
+        validation: measured after every epoch. The parameters of the epoch that did best are kept
+            as the result; without validation, those of the last epoch.
+
+    One seed determines everything: the same arguments give the same bits on the same machine,
+    with however many interruptions between ``contents`` and ``restore``.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        sampler: Sampler,
+        config: TrainingConfig,
+        validation: Validation | None = None,
+    ) -> None:
+        self.model = model
+        self.sampler = sampler
+        self.config = config
+        self.validation = validation
+        self.optimizer = make_optimizer(
+            config.optimizer,
+            model.params,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )
+        batches, noise = np.random.SeedSequence(config.seed).spawn(2)
+        self._batch_rng = np.random.Generator(np.random.PCG64(batches))
+        self._noise_rng = np.random.Generator(np.random.PCG64(noise))
+        self._epoch_rng_state = self._batch_rng.bit_generator.state  # before the epoch's draw
+        self._hidden: Floats | None = None  # carried from batch to batch
+        self._best: dict[str, Floats] = {}
+        self.progress = _Progress()
+
+    @property
+    def history(self) -> list[Record]:
+        """One record per completed epoch."""
+        return self.progress.history
+
+    @property
+    def best(self) -> Mapping[str, Floats]:
+        """The parameters of the best epoch so far (the current ones before there is any)."""
+        return self._best or self.model.params
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done, or patience ran out."""
+        p, patience = self.progress, self.config.patience
+        waited = patience is not None and p.epoch - p.best_epoch >= patience
+        return p.epoch >= self.config.epochs or waited
+
+    def run(
+        self,
+        on_step: Callable[[], bool] = lambda: True,
+        on_epoch: Callable[[Record], None] = lambda record: None,
+    ) -> bool:
+        """Train until finished.
+
+        Args:
+            on_step: called after every update; returning False pauses the run there.
+            on_epoch: called after every epoch with its record.
+
+        Returns:
+            Whether the run is finished (False: paused; ``run`` again goes on).
+
+        Raises:
+            TrainingDiverged: a loss or gradient is not finite. The parameters are those before
+                the update that would have spoilt them.
+        """
+        p = self.progress
+        while not self.finished:
+            started = time.perf_counter()
+            if p.batch == 0:
+                self._epoch_rng_state = self._batch_rng.bit_generator.state
+                self._hidden = None
+            else:  # in the middle of an epoch: draw it again
+                self._batch_rng.bit_generator.state = self._epoch_rng_state
+            batches = self.sampler.epoch(self._batch_rng)
+            total = max(self.config.epochs * len(batches), 1)
+            for X, Y in batches[p.batch :]:
+                self._update(X, Y, total)
+                now = time.perf_counter()
+                p.epoch_seconds += now - started
+                started = now
+                if not on_step():
+                    return False
+                started = time.perf_counter()  # what on_step did is not training
+            on_epoch(self._end_epoch())
+        return True
+
+    def _update(self, X: NDArray[Any], Y: NDArray[Any], total: int) -> None:
+        p, c = self.progress, self.config
+        lr = scheduled(c.lr, c.schedule, p.step, total, c.warmup)
+        params = self.model.params
+        try:
+            loss, grads, hidden = self.model.loss_and_gradients(
+                X,
+                Y,
+                self._hidden,
+                xi=self._truncation(len(X), self.model.rnn.dtype),
+                rng=self._noise_rng if c.dropout else None,
+            )
+        except NonFiniteError as e:
+            raise self._diverged(str(e)) from e
+        norm = clip_global_norm(grads, c.clip)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise self._diverged(f"the loss is {loss}, the gradient's norm {norm}")
+        self.optimizer.step(params, grads, lr)
+        if self.sampler.carries_state:
+            self._hidden = hidden
+        p.batch += 1
+        p.step += 1
+        p.losses.append(loss)
+        p.tokens.append(Y.size)
+        p.largest_norm = max(p.largest_norm, norm)
+
+    def _truncation(self, T: int, dtype: np.dtype[Any]) -> Floats | None:
+        tau = self.config.tau
+        if tau is None:
+            return None
+        xi = np.ones(T, dtype)
+        if self.config.bptt == "truncated":
+            xi[::tau] = 0
+        else:
+            pi = 1 - 1 / tau
+            xi[:] = np.where(self._noise_rng.random(T) < pi, 1 / pi, 0)
+        return xi
+
+    def _diverged(self, what: str) -> TrainingDiverged:
+        c, p = self.config, self.progress
+        lower = f"{c.lr / 10:g}"
+        clip = "a smaller clip" if c.clip is not None else "clipping gradients (clip 1)"
+        return TrainingDiverged(
+            f"training diverged at update {p.step + 1} (epoch {p.epoch + 1}): {what}. Try a lower "
+            f"learning rate (lr {lower} instead of {c.lr:g}), {clip}, or float64"
+        )
+
+    def _end_epoch(self) -> Record:
+        p, c = self.progress, self.config
+        train = Losses(tuple(p.losses), tuple(p.tokens))
+        p.epoch += 1
+        record: Record = {
+            "epoch": p.epoch,
+            "step": p.step,
+            "tokens": sum(p.tokens),
+            **train.record("train"),
+            "largest_gradient_norm": p.largest_norm,
+            "lr": scheduled(c.lr, c.schedule, p.step - 1, c.epochs * p.batch, c.warmup),
+            "tokens_per_second": sum(p.tokens) / max(p.epoch_seconds, 1e-9),
+        }
+        if self.validation is None:
+            p.best_epoch = p.epoch
+        else:
+            try:
+                found = self.validation(self.model)
+            except NonFiniteError as e:
+                raise self._diverged(f"in validation, {e}") from e
+            record |= found.record("valid")
+            if p.best_loss is None or found.mean < p.best_loss:
+                p.best_loss, p.best_epoch = found.mean, p.epoch
+                self._best = {name: a.copy() for name, a in self.model.params.items()}
+        p.seconds += p.epoch_seconds
+        record["seconds"] = p.seconds
+        p.history.append(record)
+        p.batch, p.losses, p.tokens = 0, [], []
+        p.largest_norm, p.epoch_seconds = 0.0, 0.0
+        return record
+
+    def keep_best(self) -> None:
+        """Copy the best parameters into the model: after the run, not to be trained further."""
+        for name, a in self.best.items():
+            self.model.params[name][...] = a
+
+    def contents(self) -> checkpoint.Contents:
+        """Return the whole state of the run, to be written to a file."""
+        arrays: dict[str, Floats] = {f"model.{k}": a for k, a in self.model.params.items()}
+        arrays |= {f"best.{k}": a for k, a in self._best.items()}
+        arrays |= {f"optimizer.{k}": a for k, a in self.optimizer.state.items()}
+        if self._hidden is not None:
+            arrays["state.hidden"] = self._hidden
+        document = {
+            "config": self.config.as_json(),
+            "model": self.model.config(),
+            "sampler": self.sampler.config(),
+            "progress": vars(self.progress),
+            "random": {
+                "epoch": self._epoch_rng_state,
+                "batches": self._batch_rng.bit_generator.state,
+                "noise": self._noise_rng.bit_generator.state,
+            },
+        }
+        return checkpoint.Contents("training", arrays, document)
+
+    def restore(self, contents: checkpoint.Contents) -> None:
+        """Take up a run where ``contents`` left it.
+
+        Raises:
+            CheckpointError: it belongs to another model, sampler or optimizer.
+        """
+        document, arrays = contents.document, contents.arrays
+        for name, own in (("model", self.model.config()), ("sampler", self.sampler.config())):
+            if document[name] != own:
+                raise checkpoint.CheckpointError(
+                    f"the checkpoint's {name} is {document[name]}: expected {own}"
+                )
+        self.model.load_params(_part(arrays, "model."))
+        self._best = _part(arrays, "best.")
+        state = _part(arrays, "optimizer.")
+        if _layout(state) != _layout(self.optimizer.state):
+            raise checkpoint.CheckpointError("the checkpoint's optimizer state does not fit")
+        self.optimizer.state = state
+        self._hidden = arrays.get("state.hidden")
+        random = document["random"]
+        self._epoch_rng_state = random["epoch"]
+        self._batch_rng.bit_generator.state = random["batches"]
+        self._noise_rng.bit_generator.state = random["noise"]
+        self.progress = _Progress(**document["progress"])
+
+
+def _layout(arrays: Mapping[str, Floats]) -> dict[str, tuple[tuple[int, ...], str]]:
+    return {name: (a.shape, a.dtype.str) for name, a in arrays.items()}
+
+
+def _part(arrays: Mapping[str, Floats], prefix: str) -> dict[str, Floats]:
+    return {
+        name.removeprefix(prefix): a.copy() for name, a in arrays.items() if name.startswith(prefix)
+    }

@@ -1,0 +1,286 @@
+"""The only checks: arguments → C-contiguous arrays of one dtype, or an error that says why not.
+
+Every error names the argument, what came and what was expected. Nothing has been computed or
+written when one is raised. TypeError: not an array, an array of another kind, dtype or device.
+ValueError: a rank, size, id or value that does not fit.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpurnn.activations import ACTIVATIONS, ReferenceActivation
+
+__all__ = [
+    "NonFiniteError",
+    "RNNArguments",
+    "activation",
+    "axes",
+    "choice",
+    "cross_entropy",
+    "dtype",
+    "embedding",
+    "embedding_backward",
+    "hidden_layer",
+    "like",
+    "linear",
+    "linear_backward",
+    "positive",
+    "refuse_non_finite",
+    "rnn_backward",
+    "rnn_forward",
+    "token_ids",
+]
+
+Floats = NDArray[Any]
+Ids = NDArray[Any]
+
+FLOAT_DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
+
+
+class NonFiniteError(ValueError):
+    """An array holds a NaN or an infinity; the message names it and where."""
+
+
+class RNNArguments(NamedTuple):
+    """What ``rnn_forward`` may rely on: contiguous arrays of one dtype, sizes that fit."""
+
+    X: Floats | Ids
+    h_0: Floats | None
+    W_xh: Floats
+    W_hh: Floats
+    b_h: Floats | None
+    activation: ReferenceActivation
+
+
+def rnn_forward(
+    X: object, h_0: object, W_xh: object, W_hh: object, b_h: object, activation_name: object
+) -> RNNArguments:
+    """Check the arguments of ``functional.rnn_forward``."""
+    phi = activation(activation_name)
+    W_hh_ = _floats("W_hh", W_hh, "(h, h)", 2)
+    h = W_hh_.shape[0]
+    _shape("W_hh", W_hh_, "(h, h)", (h, h))
+    W_xh_ = _floats("W_xh", W_xh, "(d, h)", 2, W_hh_.dtype, "W_hh")
+    d = W_xh_.shape[0]
+    _shape("W_xh", W_xh_, "(d, h)", (d, h))
+    b_h_ = _optional_bias("b_h", b_h, "(h,)", h, W_hh_.dtype, "W_hh")
+    X_ = _array("X", X)
+    if X_.dtype.kind in "iu":
+        _rank("X", X_, "(T, n) ids or (T, n, d) floats", 2)
+        X_ = token_ids("X", X_, d, "W_xh")
+    else:
+        X_ = _floats("X", X_, "(T, n, d) floats or (T, n) ids", 3, W_hh_.dtype, "W_hh")
+        _shape("X", X_, "(T, n, d)", (*X_.shape[:2], d))
+    n = X_.shape[1]
+    h_0_ = None
+    if h_0 is not None:
+        h_0_ = _floats("h_0", h_0, "(n, h)", 2, W_hh_.dtype, "W_hh")
+        _shape("h_0", h_0_, "(n, h)", (n, h))
+    return RNNArguments(X_, h_0_, W_xh_, W_hh_, b_h_, phi)
+
+
+def rnn_backward(dH: object, H: Floats, xi: object) -> tuple[Floats, Floats | None]:
+    """Check the arguments of ``functional.rnn_backward`` against the forward pass's H."""
+    dH_ = like("dH", dH, "H", H)
+    if xi is None:
+        return dH_, None
+    xi_ = _floats("xi", xi, "(T,)", 1, H.dtype, "H")
+    _shape("xi", xi_, "(T,)", H.shape[:1])
+    return dH_, xi_
+
+
+def linear(H: object, W_hq: object, b_q: object) -> tuple[Floats, Floats, Floats | None]:
+    """Check the arguments of ``functional.linear``."""
+    return _dense(H, W_hq, b_q, ("H", "W_hq", "b_q"), ("h", "q"))
+
+
+def hidden_layer(
+    X: object, W_xh: object, b_h: object, activation_name: object
+) -> tuple[Floats, Floats, Floats | None, ReferenceActivation]:
+    """Check the arguments of ``functional.hidden_layer``."""
+    phi = activation(activation_name)
+    return *_dense(X, W_xh, b_h, ("X", "W_xh", "b_h"), ("d", "h")), phi
+
+
+def linear_backward(dO: object, H: object, W_hq: object) -> tuple[Floats, Floats, Floats]:
+    """Check the arguments of ``functional.linear_backward``."""
+    H_, W_hq_, _ = linear(H, W_hq, None)
+    dO_ = _floats("dO", dO, "(…, q)", None, W_hq_.dtype, "W_hq")
+    _shape("dO", dO_, "(…, q)", (*H_.shape[:-1], W_hq_.shape[1]))
+    return dO_, H_, W_hq_
+
+
+def embedding(ids: object, E: object) -> tuple[Ids, Floats]:
+    """Check the arguments of ``functional.embedding``."""
+    E_ = _floats("E", E, "(|V|, d)", 2)
+    return token_ids("ids", ids, E_.shape[0], "E"), E_
+
+
+def embedding_backward(dX: object, ids: object, num_rows: object) -> tuple[Floats, Ids, int]:
+    """Check the arguments of ``functional.embedding_backward``."""
+    rows = positive("num_rows", num_rows)
+    ids_ = token_ids("ids", ids, rows, "dE")
+    dX_ = _floats("dX", dX, "(…, d)", ids_.ndim + 1)
+    _shape("dX", dX_, "(…, d)", (*ids_.shape, dX_.shape[-1]))
+    return dX_, ids_, rows
+
+
+def cross_entropy(O: object, targets: object) -> tuple[Floats, Ids]:
+    """Check the arguments of ``functional.cross_entropy``; both come back with their rows flat."""
+    O_ = _floats("O", O, "(…, q)", None)
+    q = O_.shape[-1]
+    targets_ = token_ids("targets", targets, q, "O", axis="columns")
+    _shape("targets", targets_, "O's leading axes", O_.shape[:-1])
+    if targets_.size == 0:
+        raise ValueError(f"targets has shape {targets_.shape}: a mean needs at least one row")
+    return O_.reshape(-1, q), targets_.reshape(-1)
+
+
+def activation(name: object) -> ReferenceActivation:
+    """Return the pair named ``name``."""
+    return ACTIVATIONS[choice("activation", name, ACTIVATIONS)]
+
+
+def choice(name: str, value: object, choices: Collection[str]) -> str:
+    """Return ``value`` if it is one of the strings ``choices``."""
+    wanted = f"expected one of {', '.join(choices)}"
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is {value!r}: {wanted}")
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}: {wanted}")
+    return value
+
+
+def positive(name: str, value: object) -> int:
+    """Return ``value`` as an int if it is an integer of at least 1."""
+    if not isinstance(value, int | np.integer) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}: expected an integer")
+    if value < 1:
+        raise ValueError(f"{name} is {value}: expected at least 1")
+    return int(value)
+
+
+def dtype(name: str, value: object) -> np.dtype[Any]:
+    """Return float32 or float64."""
+    found = np.dtype(value)  # type: ignore[call-overload]
+    if found not in FLOAT_DTYPES:
+        raise TypeError(f"{name} is {found}: expected float32 or float64")
+    return found  # type: ignore[no-any-return]
+
+
+def axes(name: str, a: object, spelled: str, expected: tuple[int | None, ...]) -> None:
+    """Raise ValueError unless ``a`` has the expected shape; None stands for any size."""
+    shape = _array(name, a).shape
+    if len(shape) != len(expected) or any(
+        e not in (None, s) for e, s in zip(expected, shape, strict=True)
+    ):
+        sizes = ", ".join("any" if e is None else str(e) for e in expected)
+        raise ValueError(f"{name} has shape {shape}: expected {spelled} = ({sizes})")
+
+
+def like(name: str, a: object, other_name: str, other: Floats) -> Floats:
+    """Return ``a`` as an array of ``other``'s shape and dtype."""
+    a_ = _floats(name, a, f"{other_name}'s shape", None, other.dtype, other_name)
+    _shape(name, a_, f"{other_name}'s shape", other.shape)
+    return a_
+
+
+def token_ids(name: str, a: object, size: int, owner: str, axis: str = "rows") -> Ids:
+    """Return ids in [0, size) as a C-contiguous array of the platform's index type."""
+    ids = _array(name, a)
+    if ids.dtype.kind not in "iu":
+        raise TypeError(f"{name} has dtype {ids.dtype}: expected integer token ids")
+    if ids.size:
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= size:
+            bad = low if low < 0 else high
+            where = tuple(int(i) for i in np.argwhere(ids == bad)[0])
+            raise ValueError(
+                f"{name} holds the id {bad} at index {where}: {owner} has {size} {axis}, "
+                f"so ids must lie in [0, {size})"
+            )
+    return np.asarray(ids, dtype=np.intp, order="C")  # ascontiguousarray would lift 0 axes to 1
+
+
+def refuse_non_finite(arguments: Mapping[str, object]) -> None:
+    """Raise NonFiniteError naming the first of the float arrays that holds a NaN or infinity."""
+    for name, a in arguments.items():
+        if isinstance(a, np.ndarray) and a.dtype.kind == "f":
+            finite = np.isfinite(a)
+            if not finite.all():
+                where = tuple(int(i) for i in np.argwhere(~finite)[0])
+                count = int(a.size - np.count_nonzero(finite))
+                raise NonFiniteError(
+                    f"{name} holds {a[where]} at index {where} ({count} of its {a.size} values "
+                    "are not finite): expected finite values"
+                )
+
+
+def _dense(
+    H: object, W: object, b: object, names: tuple[str, str, str], sizes: tuple[str, str]
+) -> tuple[Floats, Floats, Floats | None]:
+    W_ = _floats(names[1], W, f"({', '.join(sizes)})", 2)
+    rows = f"(…, {sizes[0]})"
+    H_ = _floats(names[0], H, rows, None, W_.dtype, names[1])
+    _shape(names[0], H_, rows, (*H_.shape[:-1], W_.shape[0]))
+    return H_, W_, _optional_bias(names[2], b, f"({sizes[1]},)", W_.shape[1], W_.dtype, names[1])
+
+
+def _optional_bias(
+    name: str, b: object, spelled: str, size: int, dtype: np.dtype[Any], owner: str
+) -> Floats | None:
+    if b is None:
+        return None
+    b_ = _floats(name, b, spelled, 1, dtype, owner)
+    _shape(name, b_, spelled, (size,))
+    return b_
+
+
+def _array(name: str, a: object) -> NDArray[Any]:
+    if isinstance(a, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array, whose mask would be lost: pass .filled(…)")
+    if isinstance(a, np.ndarray):
+        return np.asarray(a)
+    kind = f"{type(a).__module__}.{type(a).__qualname__}"
+    if hasattr(a, "__cuda_array_interface__"):
+        raise TypeError(
+            f"{name} is a {kind} on a GPU: this version computes on NumPy arrays only; "
+            "copy it to the host first"
+        )
+    raise TypeError(f"{name} is a {kind}: expected a numpy.ndarray")
+
+
+def _floats(
+    name: str,
+    a: object,
+    spelled: str,
+    ndim: int | None,
+    dtype: np.dtype[Any] | None = None,
+    owner: str = "",
+) -> Floats:
+    """Return ``a`` as a C-contiguous array of ``dtype`` with ``ndim`` axes (None: at least one)."""
+    array = _array(name, a)
+    if array.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} has dtype {array.dtype}: expected float32 or float64")
+    if dtype is not None and array.dtype != dtype:
+        raise TypeError(
+            f"{name} has dtype {array.dtype} but {owner} has {dtype}: expected one dtype for all"
+        )
+    _rank(name, array, spelled, ndim)
+    return np.ascontiguousarray(array)
+
+
+def _rank(name: str, array: NDArray[Any], spelled: str, ndim: int | None) -> None:
+    if array.ndim != ndim if ndim is not None else array.ndim < 1:
+        wanted = "at least 1" if ndim is None else str(ndim)
+        raise ValueError(
+            f"{name} has shape {array.shape}, {array.ndim} axes: expected {spelled}, {wanted} axes"
+        )
+
+
+def _shape(name: str, array: NDArray[Any], spelled: str, expected: tuple[int, ...]) -> None:
+    if array.shape != expected:
+        raise ValueError(f"{name} has shape {array.shape}: expected {spelled} = {expected}")

@@ -1,0 +1,40 @@
+"""Device code of gpurnn: Numba CUDA kernels, and nothing else.
+
+Installed as ``gpurnn.kernels``. The modules here hold functions that run on the GPU (or in the
+emulator); they import no NumPy, allocate nothing, check nothing and read no environment
+variable. Everything a kernel assumes has been established by ``gpurnn.validate`` before it is
+launched.
+
+Layouts
+-------
+Every array is C-contiguous. Sizes and names are the chapter's (*Dive into Deep Learning*,
+section 9.4): ``T`` time steps, ``n`` rows of the batch, ``d`` inputs, ``h`` hidden units, ``q``
+outputs.
+
+==========  ==============  =====================================================================
+name        shape           meaning
+==========  ==============  =====================================================================
+``X``       (T, n, d)       floating-point input, or (T, n) integer token ids that pick rows of
+                            ``W_xh``
+``h_0``     (n, h)          state before the first step
+``H``       (T, n, h)       states after each step; ``H[T - 1]`` is the final state ``h_T``
+``Z``       (T, n, h)       pre-activations ``X W_xh + b_h`` before the recurrent product is added
+``W_xh``    (d, h)          input weights
+``W_hh``    (h, h)          recurrent weights, ``H_t = φ(X_t W_xh + H_{t-1} W_hh + b_h)`` (9.4.5)
+``b_h``     (h,)            bias
+``dA``      like ``A``      derivative of the loss by ``A``
+==========  ==============  =====================================================================
+
+Offsets into (T, n, h) arrays are 64-bit. A kernel writes every element of its outputs and reads
+none of them before it wrote them; inputs and outputs never alias unless the kernel's own
+docstring says which may.
+"""
+
+if __name__ != "gpurnn.kernels":
+    raise ImportError(
+        f"the folder {__path__[0]!r} is the source of the package gpurnn.kernels and cannot be "
+        f"imported as {__name__!r}: install the project (pip install -e .) and import "
+        "gpurnn.kernels, or leave this folder if another package named 'kernels' was meant"
+    )
+
+__all__: list[str] = []
