@@ -6,7 +6,8 @@ character-level language model, ``NGramModel`` and ``MLPModel`` what it is measu
 
 from gpurnn import functional
 from gpurnn.checkpoint import CheckpointError
-from gpurnn.language_model import Evaluation, LanguageModel
+from gpurnn.evaluation import Evaluation
+from gpurnn.language_model import LanguageModel
 from gpurnn.mlp import MLPModel
 from gpurnn.ngram import NGramModel
 from gpurnn.rnn import RNN

@@ -15,9 +15,16 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     old. If anything fails, on a full disk say, the new file is removed and the old one stays.
 
     Raises:
-        OSError: the folder is missing or read-only, the disk is full, …
+        OSError: the folder is missing or read-only, the disk is full, …; ``filename`` is ``path``.
     """
     target = Path(path)
+    try:
+        _write_beside_and_rename(target, content)
+    except OSError as e:  # the system names the new file, or none: name the one that was meant
+        raise OSError(e.errno, e.strerror, str(target)) from e
+
+
+def _write_beside_and_rename(target: Path, content: bytes) -> None:
     descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".new")
     beside = Path(name)
     try:

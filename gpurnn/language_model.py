@@ -4,57 +4,25 @@ import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from gpurnn import checkpoint, loss, validate
+from gpurnn import checkpoint, validate
 from gpurnn import functional as F
+from gpurnn.evaluation import Evaluation
 from gpurnn.rnn import RNN, Initialisation, draw_weights
 from gpurnn.sampling import Sampler
 from gpurnn.text import Tokenizer, Vocabulary
 
-__all__ = ["Evaluation", "LanguageModel"]
+__all__ = ["LanguageModel"]
 
 Floats = NDArray[Any]
 Ids = NDArray[Any]
 
 EVALUATION_CHUNK = 1024  # time steps whose logits are held at once
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """How well a model predicts a text.
-
-    Attributes:
-        nats: −log p of all predicted tokens, added up (natural logarithm).
-        tokens: predicted tokens: all but the first, which nothing comes before.
-        characters: what the predicted tokens stand for, separators included.
-        unknown: predicted tokens outside the vocabulary, counted as ``<unk>``.
-    """
-
-    nats: float
-    tokens: int
-    characters: int
-    unknown: int
-
-    @property
-    def perplexity(self) -> float:
-        """exp(nats / tokens)."""
-        return loss.perplexity(self.nats / self.tokens)
-
-    @property
-    def bits_per_token(self) -> float:
-        """Bits per predicted token."""
-        return self.nats / self.tokens / math.log(2)
-
-    @property
-    def bits_per_character(self) -> float:
-        """Bits per character: comparable between character and word models of one text."""
-        return self.nats / self.characters / math.log(2)
 
 
 class LanguageModel:

@@ -17,6 +17,7 @@ __all__ = [
     "NonFiniteError",
     "RNNArguments",
     "activation",
+    "at_least",
     "axes",
     "choice",
     "cross_entropy",
@@ -31,6 +32,7 @@ __all__ = [
     "refuse_non_finite",
     "rnn_backward",
     "rnn_forward",
+    "text_ids",
     "token_ids",
 ]
 
@@ -156,10 +158,15 @@ def choice(name: str, value: object, choices: Collection[str]) -> str:
 
 def positive(name: str, value: object) -> int:
     """Return ``value`` as an int if it is an integer of at least 1."""
+    return at_least(name, value, 1)
+
+
+def at_least(name: str, value: object, least: int) -> int:
+    """Return ``value`` as an int if it is an integer, ``least`` or more."""
     if not isinstance(value, int | np.integer) or isinstance(value, bool):
         raise TypeError(f"{name} is {value!r}: expected an integer")
-    if value < 1:
-        raise ValueError(f"{name} is {value}: expected at least 1")
+    if value < least:
+        raise ValueError(f"{name} is {value}: expected at least {least}")
     return int(value)
 
 
@@ -203,6 +210,15 @@ def token_ids(name: str, a: object, size: int, owner: str, axis: str = "rows") -
                 f"so ids must lie in [0, {size})"
             )
     return np.asarray(ids, dtype=np.intp, order="C")  # ascontiguousarray would lift 0 axes to 1
+
+
+def text_ids(name: str, a: object) -> Ids:
+    """Return ``a``, itself and no copy, if it is a one-dimensional array of integers."""
+    ids = _array(name, a)
+    if ids.dtype.kind not in "iu":
+        raise TypeError(f"{name} has dtype {ids.dtype}: expected integer token ids")
+    _rank(name, ids, "(N,) ids", 1)
+    return ids
 
 
 def refuse_non_finite(arguments: Mapping[str, object]) -> None:

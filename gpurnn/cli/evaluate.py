@@ -1,5 +1,6 @@
 """``gpurnn eval``: how well a model predicts a text."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -7,7 +8,7 @@ import typer
 
 from gpurnn.cli.output import mistakes, note, print_json
 from gpurnn.language_model import LanguageModel
-from gpurnn.text import load_corpus
+from gpurnn.text import decode_corpus, load_corpus
 
 __all__ = ["evaluate"]
 
@@ -23,7 +24,10 @@ def evaluate(
     """Evaluate a model on a text: exact perplexity, each token predicted from all before it."""
     with mistakes():
         lm = LanguageModel.load(model)
-        corpus = load_corpus(text)
+        if text == "-":
+            corpus = decode_corpus(sys.stdin.buffer.read(), "-", "standard input")
+        else:
+            corpus = load_corpus(text)
         found = lm.evaluate(corpus.text)
     if found.unknown:
         note(

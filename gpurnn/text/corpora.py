@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
-__all__ = ["CORPORA", "Corpus", "CorpusError", "load_corpus"]
+__all__ = ["CORPORA", "Corpus", "CorpusError", "decode_corpus", "load_corpus"]
 
 _log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def _file(path: str) -> Corpus:
     except (OSError, ValueError) as error:  # ValueError: a path the system cannot even express
         reason = getattr(error, "strerror", None) or str(error)
         raise CorpusError(f"corpus {path!r} cannot be read ({reason}); {named}") from error
-    return Corpus(name=path, text=_decode(data, path), origin=f"the file {path}")
+    return decode_corpus(data, path, f"the file {path}")
 
 
 def _read(path: str) -> bytes:
@@ -99,20 +99,24 @@ def _read(path: str) -> bytes:
         return file.read()
 
 
-def _decode(data: bytes, path: str) -> str:
-    """Decode UTF-8; drop a byte order mark; make every newline ``\\n``; refuse an empty text."""
+def decode_corpus(data: bytes, name: str, origin: str) -> Corpus:
+    """Return bytes as a corpus: UTF-8, a byte order mark dropped, every newline made ``\\n``.
+
+    ``name`` and ``origin`` are as in :class:`Corpus`. Raises :class:`CorpusError`, with the offset,
+    for bytes that are not UTF-8, and for an empty text.
+    """
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise CorpusError(
-            f"corpus {path!r} is not UTF-8: byte 0x{data[error.start]:02x} at offset "
+            f"corpus {name!r} is not UTF-8: byte 0x{data[error.start]:02x} at offset "
             f"{error.start} ({error.reason}); convert it first, for example from Latin-1 with: "
             "iconv -f LATIN1 -t UTF-8 OLD > NEW"
         ) from error
     text = text.removeprefix("\N{BYTE ORDER MARK}").replace("\r\n", "\n").replace("\r", "\n")
     if not text:
-        raise CorpusError(f"corpus {path!r} is empty")
-    return text
+        raise CorpusError(f"corpus {name!r} is empty")
+    return Corpus(name=name, text=text, origin=origin)
 
 
 def _python_docs() -> Corpus:
@@ -152,11 +156,7 @@ def _time_machine() -> Corpus:
     if data is None:
         data = _time_machine_in_cache()
         source = f"the cache of {TIME_MACHINE_URL}"
-    return Corpus(
-        name="time-machine",
-        text=_decode(data, TIME_MACHINE_FILE),
-        origin=f"The Time Machine, H. G. Wells, from {source}",
-    )
+    return decode_corpus(data, "time-machine", f"The Time Machine, H. G. Wells, from {source}")
 
 
 def _time_machine_in_data_folder() -> bytes | None:

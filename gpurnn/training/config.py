@@ -66,13 +66,13 @@ class TrainingConfig:
     dropout: float = 0.0
     dtype: str = "float32"
     init: Initialisation = "uniform"
-    epochs: int = 10
+    epochs: int = 20
     optimizer: str = "adamw"
-    lr: float = 2e-3
+    lr: float = 4e-3
     momentum: float = 0.9
     weight_decay: float = 0.0
     schedule: str = "cosine"
-    warmup: int = 0
+    warmup: int = 100
     clip: float | None = 1.0
     bptt: str = "full"
     tau: int | None = None
@@ -156,6 +156,7 @@ _BOOK = TrainingConfig(
     optimizer="sgd",
     lr=1.0,
     schedule="constant",
+    warmup=0,
     clip=1.0,
 )
 
@@ -173,6 +174,7 @@ _BOOK_2022 = TrainingConfig(
     optimizer="sgd",
     lr=1.0,
     schedule="constant",
+    warmup=0,
     clip=1.0,
 )
 

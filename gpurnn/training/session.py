@@ -141,7 +141,8 @@ def start(
     for path in (files.model, files.training):
         if path.exists() and not overwrite:
             raise FileExistsError(
-                f"{path} exists: resume that run, overwrite it, or give another --out"
+                f"{path} exists: resume that run (--resume), replace it (--overwrite), or give "
+                "another --out"
             )
     return Session(prepare(config), files, save_every=save_every)
 

@@ -1,5 +1,6 @@
 """The training loop, and its whole state as something that can be saved and taken up again."""
 
+import copy
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -223,7 +224,7 @@ class Trainer:
             self.model.params[name][...] = a
 
     def contents(self) -> checkpoint.Contents:
-        """Return the whole state of the run, to be written to a file."""
+        """Return a copy of the whole state of the run, to be written to a file."""
         arrays: dict[str, Floats] = {f"model.{k}": a for k, a in self.model.params.items()}
         arrays |= {f"best.{k}": a for k, a in self._best.items()}
         arrays |= {f"optimizer.{k}": a for k, a in self.optimizer.state.items()}
@@ -233,14 +234,14 @@ class Trainer:
             "config": self.config.as_json(),
             "model": self.model.config(),
             "sampler": self.sampler.config(),
-            "progress": vars(self.progress),
+            "progress": copy.deepcopy(vars(self.progress)),
             "random": {
                 "epoch": self._epoch_rng_state,
                 "batches": self._batch_rng.bit_generator.state,
                 "noise": self._noise_rng.bit_generator.state,
             },
         }
-        return checkpoint.Contents("training", arrays, document)
+        return checkpoint.Contents("training", {k: a.copy() for k, a in arrays.items()}, document)
 
     def restore(self, contents: checkpoint.Contents) -> None:
         """Take up a run where ``contents`` left it.
@@ -250,9 +251,11 @@ class Trainer:
         """
         document, arrays = contents.document, contents.arrays
         for name, own in (("model", self.model.config()), ("sampler", self.sampler.config())):
-            if document[name] != own:
+            theirs = document[name]
+            differing = sorted(k for k in own | theirs if own.get(k) != theirs.get(k))
+            if differing:
                 raise checkpoint.CheckpointError(
-                    f"the checkpoint's {name} is {document[name]}: expected {own}"
+                    f"the checkpoint's {name} is another one: it differs in {', '.join(differing)}"
                 )
         self.model.load_params(_part(arrays, "model."))
         self._best = _part(arrays, "best.")
