@@ -169,9 +169,8 @@ def _measure(shape: Shape, seconds: float, with_torch: bool) -> dict[str, Any]:
 
 
 def _error(found: Any, exact: Any, shape: Shape) -> float:
-    worst = max(
-        float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in zip(found, exact, strict=True)
-    )
+    errors = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(found, exact, strict=True)]
+    worst = float(np.max(errors))  # unlike max(), it passes a NaN on
     if not worst <= ERROR_LIMIT:
         raise ArithmeticError(f"{shape}: relative error {worst:.2e}, not timed")
     return worst
@@ -239,14 +238,18 @@ def _processor() -> str:
 
 def _commit() -> str | None:
     """Return the commit of the source tree this runs from, or None outside one."""
-    try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()
+    here = Path(__file__)
+    commands = (
+        ["git", "ls-files", "--error-unmatch", here.name],  # not just any tree around it
+        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+    )
+    found = ""
+    for command in commands:
+        try:
+            done = subprocess.run(
+                command, cwd=here.parent, capture_output=True, text=True, check=True
+            )
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        found = done.stdout.strip()
+    return found

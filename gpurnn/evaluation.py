@@ -15,13 +15,14 @@ class Evaluation:
     Attributes:
         nats: −log p of all predicted tokens, added up (natural logarithm).
         tokens: predicted tokens: all but the first, which nothing comes before.
-        characters: what the predicted tokens stand for, separators included.
+        characters: of the text that the predicted tokens stand for, separators included; None
+            where only ids were given.
         unknown: predicted tokens outside the vocabulary, counted as ``<unk>``.
     """
 
     nats: float
     tokens: int
-    characters: int
+    characters: int | None
     unknown: int
 
     @property
@@ -36,5 +37,11 @@ class Evaluation:
 
     @property
     def bits_per_character(self) -> float:
-        """Bits per character: comparable between character and word models of one text."""
+        """Bits per character: comparable between character and word models of one text.
+
+        Raises:
+            ValueError: the number of characters is not known.
+        """
+        if self.characters is None:
+            raise ValueError("characters is None: evaluate a text, not ids, for bits per character")
         return self.nats / self.characters / math.log(2)

@@ -4,6 +4,10 @@ Layouts are time-major: X (T, n, d), H (T, n, h). Every function takes float32 o
 (one dtype for all arguments of a call) of any memory order, returns new arrays of that dtype, and
 never writes into its arguments. TypeError and ValueError name the argument, what came and what was
 expected. T = 0 and n = 0 give empty results and zero gradients.
+
+NaN and infinity are refused where they spoil a result: what comes out is looked at, and only if it
+is not finite are the arguments searched, and the first that holds such a value is named. A result
+that overflowed from finite arguments is returned as it is.
 """
 
 from dataclasses import dataclass
@@ -90,7 +94,8 @@ def rnn_forward(
     Raises:
         TypeError: an argument is no NumPy array, or of another dtype.
         ValueError: a shape does not fit, an id is out of range, the activation is unknown, or an
-            argument holds a NaN (found where it reached the final state: a NaN always does).
+            argument holds a NaN. (Each NaN that is computed with reaches the final state, so that
+            one look at h_T finds it. A row of W_xh that no id picks is not computed with.)
     """
     arguments = validate.rnn_forward(X, h_0, W_xh, W_hh, b_h, activation)
     with _quiet():
@@ -135,7 +140,7 @@ def rnn_backward(
         dX, dh_0, dW_xh, dW_hh, db_h = reference.rnn_backward(
             dH_, r.X, r.states, r.W_xh, r.W_hh, r.activation, xi_
         )
-    if not np.isfinite(db_h).all():
+    if not (np.isfinite(db_h).all() and np.isfinite(dh_0).all()):
         validate.refuse_non_finite({"dH": dH_, "xi": xi_})
     return dX, dh_0, dW_xh, dW_hh, db_h if r.has_bias else None
 
@@ -169,7 +174,10 @@ def hidden_layer_backward(
 
 
 def linear(H: Floats, W_hq: Floats, b_q: Floats | None = None) -> Floats:
-    """O = H W_hq + b_q (9.4.6): H (…, h), W_hq (h, q), b_q (q,) or None → O (…, q)."""
+    """O = H W_hq + b_q (9.4.6): H (…, h), W_hq (h, q), b_q (q,) or None → O (…, q).
+
+    For H (T, n, h) it is one product for each step, so that a step's O has the same bits alone.
+    """
     H_, W_hq_, b_q_ = validate.linear(H, W_hq, b_q)
     with _quiet():
         O = reference.linear(H_, W_hq_, b_q_)
@@ -183,8 +191,8 @@ def linear_backward(dO: Floats, H: Floats, W_hq: Floats) -> tuple[Floats, Floats
     dO_, H_, W_hq_ = validate.linear_backward(dO, H, W_hq)
     with _quiet():
         dH, dW_hq, db_q = reference.linear_backward(dO_, H_, W_hq_)
-    if not np.isfinite(db_q).all():
-        validate.refuse_non_finite({"dO": dO_})
+    if not all(np.isfinite(a).all() for a in (dH, dW_hq, db_q)):
+        validate.refuse_non_finite({"dO": dO_, "H": H_, "W_hq": W_hq_})
     return dH, dW_hq, db_q
 
 
@@ -195,12 +203,20 @@ def embedding(ids: Ids, E: Floats) -> Floats:
         ValueError: an id is negative or at least |V|; the message says which and where.
     """
     ids_, E_ = validate.embedding(ids, E)
-    return np.take(E_, ids_, axis=0)
+    X = np.take(E_, ids_, axis=0)
+    if not np.isfinite(X).all():
+        validate.refuse_non_finite({"E": E_})
+    return X
 
 
 def embedding_backward(dX: Floats, ids: Ids, num_rows: int) -> Floats:
     """Return dE (num_rows, d): the rows of dX (…, d) added up by their id, always in one order."""
-    return reference.embedding_backward(*validate.embedding_backward(dX, ids, num_rows))
+    dX_, ids_, rows = validate.embedding_backward(dX, ids, num_rows)
+    with _quiet():
+        dE = reference.embedding_backward(dX_, ids_, rows)
+    if not np.isfinite(dE).all():
+        validate.refuse_non_finite({"dX": dX_})
+    return dE
 
 
 def cross_entropy(O: Floats, targets: Ids) -> tuple[float, Floats]:
@@ -220,7 +236,7 @@ def cross_entropy(O: Floats, targets: Ids) -> tuple[float, Floats]:
     with _quiet():
         loss, dO = reference.cross_entropy(O_, targets_)
     if np.isnan(loss):
-        validate.refuse_non_finite({"O": O_})
+        validate.refuse_non_finite({"O": O})
     return loss, dO.reshape(np.shape(O))
 
 
@@ -230,5 +246,5 @@ def negative_log_likelihood(O: Floats, targets: Ids) -> Floats:
     with _quiet():
         nll = reference.negative_log_likelihood(O_, targets_)
     if np.isnan(nll).any():
-        validate.refuse_non_finite({"O": O_})
+        validate.refuse_non_finite({"O": O})
     return nll.reshape(np.shape(targets))

@@ -1,5 +1,6 @@
 """A language model: tokenizer, recurrence, output layer (*Dive into Deep Learning* 9.4.3, 9.5)."""
 
+import dataclasses
 import math
 import os
 import warnings
@@ -10,11 +11,12 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from gpurnn import checkpoint, validate
+from gpurnn import checkpoint, loss, validate
 from gpurnn import functional as F
+from gpurnn.batches import Windows
 from gpurnn.evaluation import Evaluation
 from gpurnn.rnn import RNN, Initialisation, draw_weights
-from gpurnn.sampling import Sampler
+from gpurnn.sampling import TokenSampler
 from gpurnn.text import Tokenizer, Vocabulary
 
 __all__ = ["LanguageModel"]
@@ -58,14 +60,16 @@ class LanguageModel:
         init: Initialisation = "uniform",
         seed: int | np.random.Generator = 0,
     ) -> None:
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout is {dropout}: expected a probability in [0, 1)")
+        if not isinstance(vocabulary, Vocabulary):
+            raise TypeError(f"vocabulary is {vocabulary!r}: expected a gpurnn.Vocabulary")
         self.vocabulary = vocabulary
         self.tokenizer = Tokenizer() if tokenizer is None else tokenizer
-        self.dropout = dropout
+        self.dropout = validate.number(
+            "dropout", dropout, "a probability in [0, 1)", lambda x: 0 <= x < 1
+        )
         self.about: dict[str, Any] = {}
         q = len(vocabulary)
-        rng = np.random.default_rng(seed)
+        rng = validate.generator("seed", seed)
         self.embedding_size = embedding_size
         self._own: dict[str, Floats] = {}
         input_size = q
@@ -108,7 +112,7 @@ class LanguageModel:
 
     def step(self, X_t: Ids, state: Floats) -> tuple[Floats, Floats]:
         """Update the state once: ids X_t (n,) → the next state, and O_t (n, q)."""
-        O, state = self.forward(np.asarray(X_t)[None], state)
+        O, state = self.forward(validate.array("X_t", X_t)[None], state)
         return state, O[0]
 
     def loss_and_gradients(
@@ -166,31 +170,53 @@ class LanguageModel:
     def evaluate(self, text: str) -> Evaluation:
         """Predict each token of a text from all before it, the state carried from first to last.
 
-        Memory does not grow with the text's length beyond its ids.
+        Only the text's tokens grow with its length: states and logits are held a chunk at a time.
 
         Raises:
             ValueError: fewer than two tokens remain after preprocessing.
         """
-        ids = self.encode(text)
-        if len(ids) < 2:
+        tokens = self.tokenizer.tokens(text)
+        if len(tokens) < 2:
             raise ValueError(
-                f"text has {len(ids)} tokens after preprocessing: evaluation needs at least 2"
+                f"text has {len(tokens)} tokens after preprocessing: evaluation needs at least 2"
             )
-        return self.evaluate_ids(ids)
+        found = self.evaluate_ids(self.vocabulary.encode(tokens))
+        characters = len(self.tokenizer.join(tokens)) - len(tokens[0])
+        return dataclasses.replace(found, characters=characters)
 
     def evaluate_ids(self, ids: Ids) -> Evaluation:
-        """Evaluate ids (N,), N ≥ 2, as ``evaluate`` does a text."""
-        if ids.ndim != 1 or len(ids) < 2:
-            raise ValueError(f"ids has shape {ids.shape}: expected (N,) with N at least 2")
+        """Evaluate ids (N,), N ≥ 2, as ``evaluate`` does a text; characters are not counted."""
+        checked = validate.text_ids("ids", ids)
+        if len(checked) < 2:
+            raise ValueError(f"ids has shape {checked.shape}: expected at least 2 tokens")
         nats, state = 0.0, None
-        for start in range(0, len(ids) - 1, EVALUATION_CHUNK):
-            window = ids[start : start + EVALUATION_CHUNK + 1, None]
+        for start in range(0, len(checked) - 1, EVALUATION_CHUNK):
+            window = checked[start : start + EVALUATION_CHUNK + 1, None]
             nll, state = self.negative_log_likelihood(window[:-1], window[1:], state)
             nats += float(nll.sum(dtype=np.float64))
-        tokens = self.vocabulary.decode(ids)
-        characters = len(self.tokenizer.join(tokens)) - len(tokens[0])
-        unknown = int(np.count_nonzero(ids[1:] == self.vocabulary.unk))
-        return Evaluation(nats, len(ids) - 1, characters, unknown)
+        unknown = int(np.count_nonzero(checked[1:] == self.vocabulary.unk))
+        return Evaluation(nats, len(checked) - 1, None, unknown)
+
+    def batch_losses(self, windows: Windows) -> tuple[tuple[float, ...], tuple[int, ...]]:
+        """Return the mean loss of each batch of windows, from a zero state, and its tokens."""
+        means, tokens = [], []
+        for X, Y in windows.epoch(np.random.default_rng(0)):
+            nll, _ = self.negative_log_likelihood(X, Y)
+            means.append(float(nll.mean(dtype=np.float64)))
+            tokens.append(nll.size)
+        return tuple(means), tuple(tokens)
+
+    def book_perplexity(self, text: str, *, num_steps: int = 32, batch_size: int = 1024) -> float:
+        """Return the book's figure: the mean over batches of exp(loss of the batch).
+
+        All stride-1 windows of ``num_steps`` tokens, in order, each from a zero state: what the
+        book's plots show. It is no perplexity of the text: see ``perplexity`` for that.
+
+        Raises:
+            ValueError: the text is shorter than one window and its target.
+        """
+        windows = Windows(self.encode(text), num_steps, batch_size, shuffle=False)
+        return loss.book_perplexity(self.batch_losses(windows)[0])
 
     def perplexity(self, text: str) -> float:
         """Exact perplexity of a text: ``evaluate(text).perplexity``."""
@@ -219,7 +245,7 @@ class LanguageModel:
         Args:
             prefix: at least one token.
             n: how many tokens to add.
-            temperature, top_k, top_p, seed: see ``sampling.Sampler``; temperature 0 is greedy.
+            temperature, top_k, top_p, seed: see ``sampling.TokenSampler``; temperature 0 is greedy.
 
         Returns:
             The prefix as given, then the continuation.
@@ -227,15 +253,20 @@ class LanguageModel:
         Raises:
             ValueError: an empty prefix, n below 0, a setting out of range.
         """
-        if n < 0:
-            raise ValueError(f"n is {n}: expected 0 or more tokens to generate")
-        sampler = Sampler(temperature, top_k, top_p, self.vocabulary.reserved_ids, seed)
+        validate.at_least("n", n, 0)
+        sampler = TokenSampler(temperature, top_k, top_p, self.vocabulary.reserved_ids, seed)
         ids = self.encode_prefix(prefix)
         return self.continued(prefix, list(self.generate_ids(ids, n, sampler)))
 
     def encode_prefix(self, prefix: str) -> Ids:
-        """Return the ids of a prefix (N,), N ≥ 1; warn of what the vocabulary lacks."""
-        tokens = self.tokenizer.tokens(prefix)
+        """Return the ids of a prefix (N,), N ≥ 1; warn of what the vocabulary lacks.
+
+        Blanks at its end are part of it, also where an edition strips them from the end of a text.
+        """
+        if self.tokenizer.unit == "char":
+            tokens = self.tokenizer.tokens(prefix + "x")[:-1]
+        else:
+            tokens = self.tokenizer.tokens(prefix)
         if not tokens:
             raise ValueError(
                 f"prefix {prefix!r} holds no token after preprocessing: expected at least one"
@@ -248,10 +279,11 @@ class LanguageModel:
 
     def continued(self, prefix: str, ids: Iterable[int]) -> str:
         """Return the prefix as given, then the tokens of ``ids`` as the tokenizer joins them."""
-        tokens = self.vocabulary.decode(np.fromiter(ids, dtype=np.int64))
-        return prefix + self.tokenizer.join(["", *tokens] if tokens else [])
+        text = self.tokenizer.join(self.vocabulary.decode(np.fromiter(ids, dtype=np.int64)))
+        separator = self.tokenizer.separator if text and not prefix[-1:].isspace() else ""
+        return prefix + separator + text
 
-    def generate_ids(self, prefix: Ids, n: int, sampler: Sampler) -> Iterator[int]:
+    def generate_ids(self, prefix: Ids, n: int, sampler: TokenSampler) -> Iterator[int]:
         """Yield n ids, each drawn given the prefix (N,) and all drawn before it."""
         H, state = self.rnn(self._inputs(prefix[:, None]))
         O = F.linear(H[-1], self._own["W_hq"], self._own.get("b_q"))
@@ -302,7 +334,7 @@ class LanguageModel:
         return {
             "tokenizer": self.tokenizer.config(),
             "tokens": list(self.vocabulary.tokens),
-            "num_reserved": len(self.vocabulary.reserved_ids) - 1,
+            "num_reserved": self.vocabulary.num_reserved,
             "hidden_size": self.rnn.hidden_size,
             "num_layers": self.rnn.num_layers,
             "activation": self.rnn.activation,

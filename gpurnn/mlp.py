@@ -52,7 +52,7 @@ class MLPModel:
         h = validate.positive("hidden_size", hidden_size)
         self.activation = validate.activation(activation).name
         self.dtype = validate.dtype("dtype", dtype)
-        rng = np.random.default_rng(seed)
+        rng = validate.generator("seed", seed)
         fans: dict[str, tuple[int, tuple[int, ...]]] = {
             "E": (e, (vocab_size + 1, e)),
             "W_xh": (context * e, (context * e, h)),

@@ -27,6 +27,7 @@ __all__ = [
 
 Floats = NDArray[Any]
 Params = Mapping[str, Floats]
+Changes = dict[str, tuple[Floats, Floats]]  # by name: the array, its new values
 
 OPTIMIZERS = ("sgd", "momentum", "adamw")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -38,7 +39,11 @@ class Optimizer(Protocol):
     state: dict[str, Floats]
 
     def step(self, params: Params, grads: Params, lr: float) -> None:
-        """Update every parameter in place from its gradient, with learning rate ``lr``."""
+        """Update every parameter in place from its gradient, with learning rate ``lr``.
+
+        Raises:
+            NonFiniteError: a value would overflow; then nothing has been changed.
+        """
 
 
 class SGD:
@@ -48,27 +53,30 @@ class SGD:
         self.state: dict[str, Floats] = {}
 
     def step(self, params: Params, grads: Params, lr: float) -> None:
-        """Update ``params`` in place."""
-        for name, p in params.items():
-            p -= lr * grads[name]
+        """Update ``params`` in place; see ``Optimizer.step``."""
+        with np.errstate(all="ignore"):
+            _write({name: (p, p - lr * grads[name]) for name, p in params.items()})
 
 
 class Momentum:
     """v ← μ v + g, θ ← θ − η v (*Dive into Deep Learning* 12.6)."""
 
     def __init__(self, params: Params, momentum: float = 0.9) -> None:
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum is {momentum}: expected a number in [0, 1)")
-        self.momentum = momentum
+        self.momentum = validate.number(
+            "momentum", momentum, "a number in [0, 1)", lambda x: 0 <= x < 1
+        )
         self.state = {f"v.{name}": np.zeros_like(p) for name, p in params.items()}
 
     def step(self, params: Params, grads: Params, lr: float) -> None:
-        """Update ``params`` in place."""
-        for name, p in params.items():
-            v = self.state[f"v.{name}"]
-            v *= self.momentum
-            v += grads[name]
-            p -= lr * v
+        """Update ``params`` in place; see ``Optimizer.step``."""
+        changes: Changes = {}
+        with np.errstate(all="ignore"):
+            for name, p in params.items():
+                v = self.state[f"v.{name}"]
+                v_next = self.momentum * v + grads[name]
+                changes[f"v.{name}"] = v, v_next
+                changes[name] = p, p - lr * v_next
+        _write(changes)
 
 
 class AdamW:
@@ -87,29 +95,41 @@ class AdamW:
     ) -> None:
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas is {betas}: expected two numbers in [0, 1)")
-        if not weight_decay >= 0:
-            raise ValueError(f"weight_decay is {weight_decay}: expected 0 or more")
-        self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
+        self.betas, self.eps = betas, eps
+        self.weight_decay = validate.number(
+            "weight_decay", weight_decay, "0 or more", lambda x: 0 <= x < math.inf
+        )
         self.state = {f"m.{name}": np.zeros_like(p) for name, p in params.items()}
         self.state |= {f"v.{name}": np.zeros_like(p) for name, p in params.items()}
         self.state["updates"] = np.zeros(1, np.int64)
 
     def step(self, params: Params, grads: Params, lr: float) -> None:
-        """Update ``params`` in place."""
-        self.state["updates"] += 1
-        t = int(self.state["updates"][0])
-        correction_1, correction_2 = (1 - beta**t for beta in self.betas)
-        for name, p in params.items():
-            m, v, g = self.state[f"m.{name}"], self.state[f"v.{name}"], grads[name]
-            m += (1 - self.betas[0]) * (g - m)
-            v += (1 - self.betas[1]) * (g * g - v)
-            update = np.sqrt(v / correction_2)
-            update += self.eps
-            np.divide(m, update, out=update)
-            update *= lr / correction_1
-            if self.weight_decay:
-                update += lr * self.weight_decay * p
-            p -= update
+        """Update ``params`` in place; see ``Optimizer.step``."""
+        updates = self.state["updates"] + 1
+        changes: Changes = {"updates": (self.state["updates"], updates)}
+        correction_1, correction_2 = (1 - beta ** int(updates[0]) for beta in self.betas)
+        with np.errstate(all="ignore"):
+            for name, p in params.items():
+                m, v, g = self.state[f"m.{name}"], self.state[f"v.{name}"], grads[name]
+                m_next = m + (1 - self.betas[0]) * (g - m)
+                v_next = v + (1 - self.betas[1]) * (g * g - v)
+                update = np.sqrt(v_next / correction_2)
+                update += self.eps
+                np.divide(m_next, update, out=update)
+                update *= lr / correction_1
+                if self.weight_decay:
+                    update += lr * self.weight_decay * p
+                changes[f"m.{name}"] = m, m_next
+                changes[f"v.{name}"] = v, v_next
+                changes[name] = p, p - update
+        _write(changes)
+
+
+def _write(changes: Changes) -> None:
+    """Write all the new values, or none if one of them is not finite."""
+    validate.refuse_non_finite({name: new for name, (_, new) in changes.items()})
+    for old, new in changes.values():
+        old[...] = new
 
 
 def make_optimizer(
@@ -136,7 +156,9 @@ def clip_global_norm(grads: Params, max_norm: float | None = None) -> float:
     Returns the norm before: √ of the sum of all squares, added in float64. With ``max_norm`` None
     nothing is scaled.
     """
-    norm = math.sqrt(sum(float(np.sum(np.square(g, dtype=np.float64))) for g in grads.values()))
+    with np.errstate(over="ignore"):  # beyond 1e154 a square is infinite, and so is the norm
+        squares = [float(np.sum(np.square(g, dtype=np.float64))) for g in grads.values()]
+    norm = math.sqrt(sum(squares))
     if max_norm is not None and math.isfinite(norm) and norm > max_norm:
         for g in grads.values():
             g *= max_norm / norm

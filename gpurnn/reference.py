@@ -6,6 +6,7 @@ time are one matrix product each. The recurrence itself goes step by step, the i
 included, so that a sequence gives the same bits whether it comes whole, in chunks or step by step.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -94,13 +95,13 @@ def rnn_backward(
     db_h = _sum_rows(dZ_rows)
     if X.ndim == 2:
         return None, dh, embedding_backward(dZ, X, W_xh.shape[0]), dW_hh, db_h
-    dW_xh = X.reshape(T * n, -1).T @ dZ_rows
+    dW_xh = X.reshape(T * n, X.shape[-1]).T @ dZ_rows
     dX = (dZ_rows @ W_xh.T).reshape(X.shape)
     return dX, dh, dW_xh, dW_hh, db_h
 
 
 def embedding_backward(dX: Floats, ids: Ids, num_rows: int) -> Floats:
-    """dE (num_rows, d): the rows of dX (…, d) summed by their id, in order of position."""
+    """dE (num_rows, d): the rows of dX (…, d) summed by their id, always in the same order."""
     d = dX.shape[-1]
     dE = np.zeros((num_rows, d), dX.dtype)
     if ids.size == 0:
@@ -115,14 +116,19 @@ def embedding_backward(dX: Floats, ids: Ids, num_rows: int) -> Floats:
     return dE
 
 
+def _rows(A: Floats) -> Floats:
+    """All leading axes as one; their product is spelled out, as -1 cannot stand beside a 0."""
+    return A.reshape(math.prod(A.shape[:-1]), A.shape[-1])
+
+
 def _sum_rows(A: Floats) -> Floats:
     """Sum of the rows as a product with ones: faster and more accurate than adding row by row."""
     return np.ones(len(A), A.dtype) @ A
 
 
 def linear(H: Floats, W_hq: Floats, b_q: Floats | None) -> Floats:
-    """O = H W_hq + b_q over all leading axes of H (9.4.6)."""
-    O = (H.reshape(-1, H.shape[-1]) @ W_hq).reshape(*H.shape[:-1], W_hq.shape[1])
+    """O = H W_hq + b_q over all leading axes of H (9.4.6), one product for each (n, h)."""
+    O: Floats = np.matmul(H, W_hq)
     if b_q is not None:
         O += b_q
     return O
@@ -130,9 +136,9 @@ def linear(H: Floats, W_hq: Floats, b_q: Floats | None) -> Floats:
 
 def linear_backward(dO: Floats, H: Floats, W_hq: Floats) -> tuple[Floats, Floats, Floats]:
     """Return dH (like H), dW_hq (h, q), db_q (q,)."""
-    dO_rows = dO.reshape(-1, dO.shape[-1])
+    dO_rows = _rows(dO)
     dH = (dO_rows @ W_hq.T).reshape(H.shape)
-    dW_hq = H.reshape(-1, H.shape[-1]).T @ dO_rows
+    dW_hq = _rows(H).T @ dO_rows
     return dH, dW_hq, _sum_rows(dO_rows)
 
 

@@ -83,7 +83,7 @@ class RNN:
         self.dtype = validate.dtype("dtype", dtype)
         self.bias = bias
         validate.choice("init", init, INITIALISATIONS)
-        rng = np.random.default_rng(seed)
+        rng = validate.generator("seed", seed)
         h = hidden_size
         self.params: dict[str, Floats] = {}
         for layer in range(num_layers):
@@ -147,12 +147,12 @@ class RNN:
 
     def init_state(self, n: int = 1) -> Floats:
         """Return the zero state for n rows: (n, h), or (num_layers, n, h) for several layers."""
-        shape = (n, self.hidden_size)
+        shape = (validate.at_least("n", n, 0), self.hidden_size)
         return np.zeros(shape if self.num_layers == 1 else (self.num_layers, *shape), self.dtype)
 
     def step(self, X_t: Floats | Ids, state: Floats) -> Floats:
         """One time step: X_t (n, d) floats or (n,) ids, and the state, give the next state."""
-        return self.forward(np.asarray(X_t)[None], state)[1]
+        return self.forward(validate.array("X_t", X_t)[None], state)[1]
 
     def num_parameters(self) -> int:
         """Return how many numbers ``params`` holds; it does not grow with T."""

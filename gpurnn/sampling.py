@@ -1,17 +1,20 @@
 """From logits to the next token: temperature, top-k, top-p, and the draw."""
 
+import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Sampler"]
+from gpurnn import validate
+
+__all__ = ["TokenSampler"]
 
 Floats = NDArray[Any]
 Ids = NDArray[Any]
 
 
-class Sampler:
+class TokenSampler:
     """Turns logits into probabilities and draws from them.
 
     Args:
@@ -24,7 +27,7 @@ class Sampler:
         seed: of the draws, a number or a generator; None differs from run to run.
 
     Raises:
-        ValueError: temperature below 0, top_k below 1, top_p outside (0, 1].
+        TypeError, ValueError: temperature below 0, top_k below 1, top_p outside (0, 1], …
     """
 
     def __init__(
@@ -35,22 +38,26 @@ class Sampler:
         never: tuple[int, ...] = (),
         seed: int | np.random.Generator | None = None,
     ) -> None:
-        if not 0 <= temperature < np.inf:
-            raise ValueError(f"temperature is {temperature}: expected a finite number, 0 or more")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k is {top_k}: expected at least 1")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise ValueError(f"top_p is {top_p}: expected a number in (0, 1]")
-        self.temperature = temperature
-        self.top_k = top_k
-        self.top_p = top_p
+        self.temperature = validate.number(
+            "temperature", temperature, "a finite number, 0 or more", lambda x: 0 <= x < math.inf
+        )
+        self.top_k = None if top_k is None else validate.positive("top_k", top_k)
+        self.top_p = None
+        if top_p is not None:
+            self.top_p = validate.number("top_p", top_p, "a number in (0, 1]", lambda x: 0 < x <= 1)
         self.never = list(never)
-        self.rng = np.random.default_rng(seed)
+        self.rng = validate.generator("seed", seed)
 
     def probabilities(self, O: Floats) -> Floats:
-        """Return the float64 distribution (q,) that the logits O (q,) are drawn from."""
+        """Return the float64 distribution (q,) that the logits O (q,) are drawn from.
+
+        Raises:
+            ValueError: no token is left that may be drawn.
+        """
         logits = np.array(O, dtype=np.float64)
         logits[self.never] = -np.inf
+        if np.isneginf(logits).all():
+            raise ValueError(f"of {logits.size} tokens none may be drawn: {self.never} never are")
         if self.temperature == 0:
             p = np.zeros_like(logits)
             p[np.argmax(logits)] = 1

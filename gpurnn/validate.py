@@ -5,7 +5,8 @@ written when one is raised. TypeError: not an array, an array of another kind, d
 ValueError: a rank, size, id or value that does not fit.
 """
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ __all__ = [
     "NonFiniteError",
     "RNNArguments",
     "activation",
+    "array",
     "at_least",
     "axes",
     "choice",
@@ -24,10 +26,12 @@ __all__ = [
     "dtype",
     "embedding",
     "embedding_backward",
+    "generator",
     "hidden_layer",
     "like",
     "linear",
     "linear_backward",
+    "number",
     "positive",
     "refuse_non_finite",
     "rnn_backward",
@@ -69,7 +73,7 @@ def rnn_forward(
     d = W_xh_.shape[0]
     _shape("W_xh", W_xh_, "(d, h)", (d, h))
     b_h_ = _optional_bias("b_h", b_h, "(h,)", h, W_hh_.dtype, "W_hh")
-    X_ = _array("X", X)
+    X_ = array("X", X)
     if X_.dtype.kind in "iu":
         _rank("X", X_, "(T, n) ids or (T, n, d) floats", 2)
         X_ = token_ids("X", X_, d, "W_xh")
@@ -170,17 +174,41 @@ def at_least(name: str, value: object, least: int) -> int:
     return int(value)
 
 
+def number(
+    name: str, value: object, expected: str, accepts: Callable[[float], bool] = math.isfinite
+) -> float:
+    """Return ``value`` as a float if it is a real number that is accepted; ``expected`` says so."""
+    wrong = f"{name} is {value!r}: expected {expected}"
+    if not isinstance(value, int | float | np.integer | np.floating) or isinstance(value, bool):
+        raise TypeError(wrong)
+    if not accepts(float(value)):
+        raise ValueError(wrong)
+    return float(value)
+
+
+def generator(name: str, seed: int | np.random.Generator | None) -> np.random.Generator:
+    """Return a generator for a seed (None: a new one each time), or the one given."""
+    if isinstance(seed, np.random.Generator):
+        return seed
+    return np.random.default_rng(None if seed is None else at_least(name, seed, 0))
+
+
 def dtype(name: str, value: object) -> np.dtype[Any]:
     """Return float32 or float64."""
-    found = np.dtype(value)  # type: ignore[call-overload]
-    if found not in FLOAT_DTYPES:
-        raise TypeError(f"{name} is {found}: expected float32 or float64")
-    return found  # type: ignore[no-any-return]
+    try:
+        found = np.dtype(value)  # type: ignore[call-overload]
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}: expected float32 or float64") from None
+    if value is None or found not in FLOAT_DTYPES:  # NumPy reads None as float64
+        raise TypeError(
+            f"{name} is {value if value is None else found}: expected float32 or float64"
+        )
+    return np.float64().dtype if found == np.float64 else np.float32().dtype
 
 
 def axes(name: str, a: object, spelled: str, expected: tuple[int | None, ...]) -> None:
     """Raise ValueError unless ``a`` has the expected shape; None stands for any size."""
-    shape = _array(name, a).shape
+    shape = array(name, a).shape
     if len(shape) != len(expected) or any(
         e not in (None, s) for e, s in zip(expected, shape, strict=True)
     ):
@@ -197,7 +225,7 @@ def like(name: str, a: object, other_name: str, other: Floats) -> Floats:
 
 def token_ids(name: str, a: object, size: int, owner: str, axis: str = "rows") -> Ids:
     """Return ids in [0, size) as a C-contiguous array of the platform's index type."""
-    ids = _array(name, a)
+    ids = array(name, a)
     if ids.dtype.kind not in "iu":
         raise TypeError(f"{name} has dtype {ids.dtype}: expected integer token ids")
     if ids.size:
@@ -214,7 +242,7 @@ def token_ids(name: str, a: object, size: int, owner: str, axis: str = "rows") -
 
 def text_ids(name: str, a: object) -> Ids:
     """Return ``a``, itself and no copy, if it is a one-dimensional array of integers."""
-    ids = _array(name, a)
+    ids = array(name, a)
     if ids.dtype.kind not in "iu":
         raise TypeError(f"{name} has dtype {ids.dtype}: expected integer token ids")
     _rank(name, ids, "(N,) ids", 1)
@@ -255,7 +283,8 @@ def _optional_bias(
     return b_
 
 
-def _array(name: str, a: object) -> NDArray[Any]:
+def array(name: str, a: object) -> NDArray[Any]:
+    """Return ``a`` if it is a NumPy array, in the memory of this machine and without a mask."""
     if isinstance(a, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array, whose mask would be lost: pass .filled(…)")
     if isinstance(a, np.ndarray):
@@ -278,25 +307,25 @@ def _floats(
     owner: str = "",
 ) -> Floats:
     """Return ``a`` as a C-contiguous array of ``dtype`` with ``ndim`` axes (None: at least one)."""
-    array = _array(name, a)
-    if array.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{name} has dtype {array.dtype}: expected float32 or float64")
-    if dtype is not None and array.dtype != dtype:
+    found = array(name, a)
+    if found.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} has dtype {found.dtype}: expected float32 or float64")
+    if dtype is not None and found.dtype != dtype:
         raise TypeError(
-            f"{name} has dtype {array.dtype} but {owner} has {dtype}: expected one dtype for all"
+            f"{name} has dtype {found.dtype} but {owner} has {dtype}: expected one dtype for all"
         )
-    _rank(name, array, spelled, ndim)
-    return np.ascontiguousarray(array)
+    _rank(name, found, spelled, ndim)
+    return np.ascontiguousarray(found)
 
 
-def _rank(name: str, array: NDArray[Any], spelled: str, ndim: int | None) -> None:
-    if array.ndim != ndim if ndim is not None else array.ndim < 1:
+def _rank(name: str, a: NDArray[Any], spelled: str, ndim: int | None) -> None:
+    if a.ndim != ndim if ndim is not None else a.ndim < 1:
         wanted = "at least 1" if ndim is None else str(ndim)
         raise ValueError(
-            f"{name} has shape {array.shape}, {array.ndim} axes: expected {spelled}, {wanted} axes"
+            f"{name} has shape {a.shape}, {a.ndim} axes: expected {spelled}, {wanted} axes"
         )
 
 
-def _shape(name: str, array: NDArray[Any], spelled: str, expected: tuple[int, ...]) -> None:
-    if array.shape != expected:
-        raise ValueError(f"{name} has shape {array.shape}: expected {spelled} = {expected}")
+def _shape(name: str, a: NDArray[Any], spelled: str, expected: tuple[int, ...]) -> None:
+    if a.shape != expected:
+        raise ValueError(f"{name} has shape {a.shape}: expected {spelled} = {expected}")

@@ -120,6 +120,7 @@ def draw(case: Case, seed: int = 0, dtype: DTypeLike = np.float64, *, kink_redra
     The numbers depend on the shape and the seed alone. They are rounded to float32 first, so that
     float32 and float64 hold the same ones. W_hh is scaled to a spectral radius of about 0.9: states
     and gradients neither vanish nor explode, under any activation, in the longest case.
+    ``kink_redraw`` counts the further draws of ``draw_off_kink``.
     """
     T, n, d, h = case.T, case.n, case.d, case.h
     rng = np.random.default_rng([seed, kink_redraw, T, n, d, h])

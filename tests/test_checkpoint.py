@@ -91,7 +91,11 @@ def digest_of(kind: str, arrays: dict[str, Any], document: str) -> str:
     document=st.dictionaries(
         st.text(max_size=5),
         st.recursive(
-            st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+            st.none()
+            | st.booleans()
+            | st.integers()
+            | st.floats(allow_nan=False, allow_infinity=False)
+            | st.text(),
             lambda inner: (
                 st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3)
             ),
@@ -101,7 +105,7 @@ def digest_of(kind: str, arrays: dict[str, Any], document: str) -> str:
     ),
 )
 @example(arrays={"a": np.array(3.5, np.float32)}, document={})
-@example(arrays={}, document={"state": 2**128 - 1, "loss": float("inf")})
+@example(arrays={}, document={"state": 2**128 - 1, "loss": 1e-320})
 def test_round_trip(
     arrays: dict[str, Any], document: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -170,7 +174,7 @@ def test_order_of_names_does_not_matter(path: Path) -> None:
 
 def test_file_is_a_plain_safetensors_file(written: Path) -> None:
     with safe_open(written, "numpy") as f:
-        metadata = f.metadata()
+        metadata = json.loads(f.metadata()["gpurnn"])
         assert set(f.keys()) == set(ARRAYS)
         assert_same_bits("W", f.get_tensor("W"), ARRAYS["W"])
     assert metadata["format"] == "gpurnn-model"
@@ -185,9 +189,11 @@ def test_what_cannot_be_written_leaves_the_old_file(written: Path) -> None:
         ({"a": np.array(["text"])}, {}),
         ({"a": np.array([object()])}, {}),
         ({}, {"a": {1, 2}}),
+        ({}, {"a": float("inf")}),
+        ({}, {"a": float("nan")}),
     ]
     for arrays, document in refused_contents:
-        with pytest.raises(Exception, match=r"dtype|serializable"):
+        with pytest.raises(Exception, match=r"dtype|serializable|JSON compliant"):
             checkpoint.write(written, Contents("model", arrays, document))
     assert written.read_bytes() == before
     assert [p.name for p in written.parent.iterdir()] == [written.name]
@@ -207,7 +213,7 @@ def test_folder(tmp_path: Path) -> None:
 
 def test_empty_file(path: Path) -> None:
     path.touch()
-    assert refused(path) == "is not a safetensors file (0 bytes)"
+    assert refused(path) == "is empty"
 
 
 @pytest.mark.parametrize("arrays", [ARRAYS, {}], ids=["arrays", "no-arrays"])
@@ -277,9 +283,10 @@ def edit(
 ) -> None:
     """Do what a careful vandal would: write the file anew, digest and all as they were."""
     with safe_open(path, "numpy") as f:
-        before = f.metadata()
+        before = json.loads(f.metadata()["gpurnn"])
         tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-    path.write_bytes(save(arrays(tensors), metadata=metadata(before)))
+    after = {"gpurnn": json.dumps(metadata(before), sort_keys=True)}
+    path.write_bytes(save(arrays(tensors), metadata=after))
 
 
 CHANGED = "has been changed since it was written: its contents do not match their digest"
@@ -384,7 +391,7 @@ def test_file_of_a_future_version_says_so_whatever_its_digest(
     assert refused(path) == "has format version 2: this gpurnn reads 1"
 
 
-@pytest.mark.parametrize("metadata", [None, {"made by": "hand"}, {"format": "pt"}, {"format": "gpurnn"}])
+@pytest.mark.parametrize("metadata", [None, {"made by": "hand"}, {"format": "pt"}])
 @pytest.mark.parametrize("arrays", [ARRAYS, {}], ids=["arrays", "no-arrays"])
 def test_foreign_safetensors_file(
     path: Path, metadata: dict[str, str] | None, arrays: dict[str, Any]
@@ -462,16 +469,16 @@ JSON = st.recursive(
     | st.fixed_dictionaries({k: JSON | st.just(v) for k, v in TENSOR.items()}).map(
         lambda tensor: {"a": tensor}
     )
-    | JSON.map(lambda any_: {"__metadata__": {"format": any_}}),
+    | JSON.map(lambda any_: {"__metadata__": {"gpurnn": any_}}),
     data=st.binary(max_size=8),
 )
 @example(header={"a": {**TENSOR, "data_offsets": [0, "4"]}}, data=b"1234")
 @example(header={"a": {**TENSOR, "data_offsets": [0, None]}}, data=b"1234")
 @example(header={"a": {**TENSOR, "data_offsets": [0, float("nan")]}}, data=b"1234")
 @example(header={"a": {**TENSOR, "data_offsets": [0, -4]}}, data=b"")
-@example(header={"a": TENSOR, "__metadata__": {"format": 5}}, data=b"1234")
-@example(header={"__metadata__": {"format": ["gpurnn-model"]}}, data=b"")
-@example(header={"__metadata__": {"format": "gpurnn-model", "format_version": 1}}, data=b"")
+@example(header={"a": TENSOR, "__metadata__": {"gpurnn": 5}}, data=b"1234")
+@example(header={"__metadata__": {"gpurnn": ["gpurnn-model"]}}, data=b"")
+@example(header={"__metadata__": {"gpurnn": '{"format": 5, "format_version": "1"}'}}, data=b"")
 @example(header={"__metadata__": []}, data=b"")
 @example(header={"__metadata__": None}, data=b"")
 def test_headers_that_nobody_wrote(
@@ -500,6 +507,7 @@ def test_header_nested_beyond_measure(path: Path, header: bytes) -> None:
     ids=["shape", "dtype", "negative", "gap", "no-data"],
 )
 def test_header_that_does_not_fit_its_data(path: Path, header: bytes) -> None:
-    metadata = b'"__metadata__":{"format":"gpurnn-model","format_version":"1"},'
+    about = json.dumps(json.dumps({"format": "gpurnn-model", "format_version": "1"})).encode()
+    metadata = b'"__metadata__":{"gpurnn":' + about + b"},"
     path.write_bytes(crafted(header.replace(b"{", b"{" + metadata, 1), b"1234"))
     assert refused(path).startswith("is damaged: ")

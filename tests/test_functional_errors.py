@@ -4,6 +4,7 @@ Also that they may be called from several threads at once.
 """
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, is_dataclass
@@ -15,6 +16,7 @@ from cases import ACTIVATIONS, DTYPES, Case, draw
 from numpy.typing import DTypeLike, NDArray
 
 from gpurnn import functional as F
+from gpurnn import reference
 
 Array = NDArray[Any]
 
@@ -685,10 +687,24 @@ def test_losses_refuse_what_does_not_fit(
 # ---------------------------------------------------------------------------------------
 
 
+class YieldingNumPy:
+    """NumPy, except that every product lets the other threads run before it returns."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+    def matmul(self, *args: Any, **kwargs: Any) -> Array:
+        product = np.matmul(*args, **kwargs)
+        time.sleep(1e-5)
+        return product
+
+
 @pytest.mark.parametrize("by_id", [False, True], ids=["floats", "ids"])
 @each_activation
-def test_four_threads_at_once_get_the_bits_of_one(activation: str, by_id: bool) -> None:
-    case, repeats = Case("threads", T=12, n=9, d=17, h=33), 8
+def test_four_threads_at_once_get_the_bits_of_one(
+    activation: str, by_id: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, repeats = Case("threads", T=12, n=9, d=17, h=33), 4
     draws = [draw(case, seed) for seed in range(4)]
 
     def run(seed: int) -> list[bytes]:
@@ -699,6 +715,7 @@ def test_four_threads_at_once_get_the_bits_of_one(activation: str, by_id: bool) 
 
     expected = [run(seed) for seed in range(4)]
     assert len({results[0] for results in expected}) == 4
+    monkeypatch.setattr(reference, "np", YieldingNumPy())
     start = threading.Barrier(4)
 
     def run_together(seed: int) -> list[list[bytes]]:

@@ -402,8 +402,9 @@ def test_sizes_are_refused(name: str, size: Any, error: type[Exception], expecte
         ({"activation": "gelu"}, ValueError, "activation is 'gelu': expected one of tanh, relu"),
         ({"dtype": np.float16}, TypeError, "dtype is float16: expected float32 or float64"),
         ({"init": "xavier"}, ValueError, "init is 'xavier': expected one of uniform, normal"),
+        ({"seed": -1}, ValueError, "seed is -1: expected at least 0"),
     ],
-    ids=["activation", "dtype", "init"],
+    ids=["activation", "dtype", "init", "seed"],
 )
 def test_options_are_refused(option: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{re.escape(message)}"):

@@ -454,9 +454,11 @@ def test_normal_initialisation(seed: int, dtype: type) -> None:
             assert not p.any(), name
             continue
         assert kolmogorov_smirnov(p, lambda x: normal_cdf(x, 0.01)) < KS_CRITICAL, name
-        variance = np.square(p.ravel(), dtype=np.float64)
-        assert standard_errors_off(variance, np.array(1e-4)) < STANDARD_ERRORS, name
         assert kolmogorov_smirnov(p, lambda x: normal_cdf(x, 0.012)) > 1.5 * KS_CRITICAL, name
+    matrices = np.concatenate([p.ravel() for p in rnn.params.values() if p.ndim == 2])
+    squares = np.square(matrices, dtype=np.float64)
+    assert standard_errors_off(squares, np.array(0.01**2)) < STANDARD_ERRORS
+    assert standard_errors_off(squares, np.array(0.0103**2)) > STANDARD_ERRORS
 
 
 @pytest.mark.parametrize("init", ["uniform", "normal"])
@@ -542,9 +544,27 @@ def test_sizes_may_be_numpy_integers() -> None:
         ({"dtype": np.float16}, TypeError, "dtype is float16: expected float32 or float64"),
         ({"dtype": int}, TypeError, "dtype is int64: expected float32 or float64"),
         ({"dtype": "complex64"}, TypeError, "dtype is complex64: expected float32 or float64"),
-        ({"seed": -1}, ValueError, ""),
+        ({"dtype": None}, TypeError, "dtype is None: expected float32 or float64"),
+        ({"dtype": "single-ish"}, TypeError, "dtype is 'single-ish': expected float32 or float64"),
+        ({"seed": -1}, ValueError, "seed is -1: expected at least 0"),
+        ({"seed": 0.5}, TypeError, "seed is 0.5: expected an integer"),
+        ({"seed": True}, TypeError, "seed is True: expected an integer"),
     ],
-    ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if type(value) is dict else "",
+    ids=[
+        "activation-unknown",
+        "activation-none",
+        "activation-case",
+        "init-unknown",
+        "init-number",
+        "float16",
+        "integers",
+        "complex",
+        "no-dtype",
+        "unknown-dtype",
+        "seed-negative",
+        "seed-float",
+        "seed-bool",
+    ],
 )
 def test_options_are_refused(option: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{re.escape(message)}"):
@@ -586,7 +606,20 @@ def wrong(shape: tuple[int, ...], dtype: Any = np.float64) -> Array:
         (2, wrong((2, 3, 4), np.float32), TypeError, "h_0 has dtype float32 but W_hh has float64"),
         (2, [np.zeros((3, 4))] * 2, TypeError, "h_0 is a builtins.list: expected a numpy.ndarray"),
     ],
-    ids=str,
+    ids=[
+        "rows",
+        "columns",
+        "axis-of-layers",
+        "one-axis",
+        "float32",
+        "list",
+        "2-no-axis-of-layers",
+        "2-layers",
+        "2-columns",
+        "2-rows",
+        "2-float32",
+        "2-list",
+    ],
 )
 def test_initial_states_are_refused(
     num_layers: int, h_0: Any, error: type[Exception], message: str
@@ -598,6 +631,16 @@ def test_initial_states_are_refused(
         rnn.step(inputs(by_id=False)[0], h_0)
 
 
+@each_depth
+def test_a_state_for_less_than_no_row_is_refused(num_layers: int) -> None:
+    rnn = network(num_layers)
+    assert rnn.init_state(0).size == 0
+    with pytest.raises(ValueError, match="^n is -1: expected at least 0$"):
+        rnn.init_state(-1)
+    with pytest.raises(TypeError, match=r"^n is 1\.0: expected an integer$"):
+        rnn.init_state(1.0)  # type: ignore[arg-type]
+
+
 def test_inputs_and_gradients_are_refused() -> None:
     rnn = network(2)
     X = inputs(by_id=False)
@@ -607,6 +650,10 @@ def test_inputs_and_gradients_are_refused() -> None:
         rnn(X.astype(np.float32))
     with pytest.raises(ValueError, match=re.escape("X holds the id 5 at index (0, 1)")):
         rnn(np.array([[0, 5]]))
+    with pytest.raises(
+        TypeError, match=re.escape("X_t is a builtins.list: expected a numpy.ndarr")
+    ):
+        rnn.step([0, 1, 2], rnn.init_state(3))
     H, _, residuals = rnn.forward(X)
     with pytest.raises(ValueError, match=re.escape("dH has shape (6, 3, 4)")):
         rnn.backward(H[1:], residuals)

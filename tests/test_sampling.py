@@ -1,4 +1,4 @@
-"""``Sampler``: the distribution against formulas and brute force, the draws against it by χ²."""
+"""``TokenSampler``: its distribution by formulas and brute force, its draws by χ²."""
 
 import itertools
 import math
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tolerance import assert_close
 
-from gpurnn.sampling import Sampler
+from gpurnn.sampling import TokenSampler
 
 Array = NDArray[Any]
 
@@ -44,7 +44,7 @@ def chi_squared(draws: Array, p: Array) -> float:
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("seed", range(3))
 def test_draws_follow_the_distribution(temperature: float, seed: int) -> None:
-    sampler = Sampler(temperature, seed=seed)
+    sampler = TokenSampler(temperature, seed=seed)
     draws = np.array([sampler.draw(LOGITS) for _ in range(20_000)])
     assert chi_squared(draws, softmax(LOGITS, temperature)) < CHI_SQUARED_7
     # The same draws tell neighbouring distributions apart, by far.
@@ -57,7 +57,7 @@ def test_draws_follow_the_distribution(temperature: float, seed: int) -> None:
 
 def test_draws_follow_a_distribution_that_is_cut() -> None:
     # Four tokens remain: 3 degrees of freedom, exceeded once in a thousand times at 16.27.
-    sampler = Sampler(1.5, top_k=5, top_p=0.85, never=(4,), seed=0)
+    sampler = TokenSampler(1.5, top_k=5, top_p=0.85, never=(4,), seed=0)
     p = sampler.probabilities(LOGITS)
     assert np.count_nonzero(p) == 4
     draws = np.array([sampler.draw(LOGITS) for _ in range(20_000)])
@@ -80,7 +80,7 @@ LARGEST = 1 - 2**-53  # the largest number that a generator returns
 def test_a_draw_inverts_the_distribution() -> None:
     """Tokens by their ids take up [0, 1) from the left; a boundary belongs to the right one."""
     O = np.log([1e-300, 1.0, 2.0, 1e-300, 1.0])  # nothing, ¼, ½, nothing, ¼
-    sampler = Sampler()
+    sampler = TokenSampler()
     for u, expected in [
         (1e-9, 1),
         (0.25 - 1e-9, 1),
@@ -102,21 +102,21 @@ def test_what_has_no_probability_is_not_drawn_even_at_the_ends(u: float) -> None
     for q in (3, 5, 28, 1000):
         O = np.random.default_rng(q).standard_normal(q).astype(np.float32)
         allowed = q // 2
-        sampler = Sampler(never=tuple(i for i in range(q) if i != allowed))
+        sampler = TokenSampler(never=tuple(i for i in range(q) if i != allowed))
         sampler.rng = Fixed(u)  # type: ignore[assignment]
         assert sampler.draw(O) == allowed
-        sampler = Sampler(never=(0, q - 1))
+        sampler = TokenSampler(never=(0, q - 1))
         sampler.rng = Fixed(u)  # type: ignore[assignment]
         assert 0 < sampler.draw(O) < q - 1
 
 
 def test_a_draw_takes_one_number_and_a_greedy_one_none() -> None:
     rng, twin = np.random.default_rng(5), np.random.default_rng(5)
-    sampler = Sampler(0.7, top_k=3, top_p=0.9, seed=rng)
+    sampler = TokenSampler(0.7, top_k=3, top_p=0.9, seed=rng)
     for _ in range(10):
         sampler.draw(LOGITS)
         twin.random()
-    greedy = Sampler(0, seed=rng)
+    greedy = TokenSampler(0, seed=rng)
     for _ in range(10):
         greedy.draw(LOGITS)
     assert rng.bit_generator.state == twin.bit_generator.state
@@ -124,7 +124,7 @@ def test_a_draw_takes_one_number_and_a_greedy_one_none() -> None:
 
 def test_one_seed_gives_one_sequence() -> None:
     def draws(seed: Any) -> list[int]:
-        sampler = Sampler(seed=seed)
+        sampler = TokenSampler(seed=seed)
         return [sampler.draw(LOGITS) for _ in range(50)]
 
     assert draws(1) == draws(1) == draws(np.random.default_rng(1))
@@ -142,11 +142,11 @@ def test_one_seed_gives_one_sequence() -> None:
 @pytest.mark.parametrize("temperature", [0.5, 1, 2])
 def test_temperature_divides_the_logits(temperature: float, dtype: type) -> None:
     O = LOGITS.astype(dtype)
-    p = Sampler(temperature).probabilities(O)
+    p = TokenSampler(temperature).probabilities(O)
     assert p.dtype == np.float64
     assert_close("p", p, softmax(O, temperature), length=len(O))
     # p_i ∝ (p of the model)_i^(1/τ)
-    powers = Sampler(1).probabilities(O) ** (1 / temperature)
+    powers = TokenSampler(1).probabilities(O) ** (1 / temperature)
     assert_close("p by powers", p, powers / powers.sum(), length=len(O))
 
 
@@ -155,7 +155,7 @@ def test_temperature_divides_the_logits(temperature: float, dtype: type) -> None
     st.floats(1e-3, 1e3) | st.sampled_from([1e-300, 1e300]),
 )
 def test_it_is_a_distribution_that_keeps_the_order(O: list[float], temperature: float) -> None:
-    p = Sampler(temperature).probabilities(np.array(O))
+    p = TokenSampler(temperature).probabilities(np.array(O))
     assert (p >= 0).all()
     assert p.sum() == pytest.approx(1, rel=1e-14)
     for i, j in itertools.combinations(range(len(O)), 2):
@@ -172,12 +172,12 @@ def test_towards_no_temperature_it_is_greedy_without_a_warning(temperature: floa
         (np.array([1e4, -1e4, 0]), [1, 0, 0]),
         (np.array([-1e4, -1e4, -1e300]), [0.5, 0.5, 0]),
     ]:
-        np.testing.assert_array_equal(Sampler(temperature).probabilities(O), expected)
+        np.testing.assert_array_equal(TokenSampler(temperature).probabilities(O), expected)
 
 
 @pytest.mark.parametrize("temperature", [1e12, 1e300])
 def test_towards_infinite_temperature_it_is_uniform(temperature: float) -> None:
-    p = Sampler(temperature).probabilities(LOGITS)
+    p = TokenSampler(temperature).probabilities(LOGITS)
     np.testing.assert_allclose(p, 1 / 8, rtol=10 / temperature + 1e-15)
 
 
@@ -186,12 +186,12 @@ def test_towards_infinite_temperature_it_is_uniform(temperature: float) -> None:
 def test_zero_temperature_takes_the_likeliest_of_equals_the_lowest_id(
     top_k: int | None, top_p: float | None
 ) -> None:
-    sampler = Sampler(0, top_k, top_p)
+    sampler = TokenSampler(0, top_k, top_p)
     O = np.array([1.0, 3.0, 2.0, 3.0])
     np.testing.assert_array_equal(sampler.probabilities(O), [0, 1, 0, 0])
     assert sampler.draw(O) == 1
     assert sampler.draw(-O) == 0
-    sampler = Sampler(0, top_k, top_p, never=(1,))
+    sampler = TokenSampler(0, top_k, top_p, never=(1,))
     assert sampler.draw(O) == 3
 
 
@@ -232,7 +232,7 @@ def test_top_k_and_top_p_equal_brute_force(
     assume(near > Fraction(1, 10**9))
     expected = np.zeros(len(weights))
     expected[kept] = [weights[i] / sum(weights[j] for j in kept) for i in kept]
-    sampler = Sampler(1, top_k, None if top_p is None else float(top_p), tuple(never))
+    sampler = TokenSampler(1, top_k, None if top_p is None else float(top_p), tuple(never))
     p = sampler.probabilities(np.log(weights))
     np.testing.assert_array_equal(p > 0, expected > 0)
     assert_close("p", p, expected, length=len(weights))
@@ -243,21 +243,21 @@ def test_top_p_is_reached_where_the_sum_is_exact() -> None:
     O = np.zeros(4)
     for top_p, count in [(1e-9, 1), (0.25, 1), (0.26, 2), (0.5, 2), (0.75, 3), (0.76, 4), (1.0, 4)]:
         expected = [1 / count] * count + [0] * (4 - count)
-        np.testing.assert_array_equal(Sampler(top_p=top_p).probabilities(O), expected)
+        np.testing.assert_array_equal(TokenSampler(top_p=top_p).probabilities(O), expected)
 
 
 def test_ties_are_cut_by_id() -> None:
     O = np.array([1.0, 2.0, 1.0, 2.0, 1.0])
-    np.testing.assert_array_equal(Sampler(top_k=1).probabilities(O), [0, 1, 0, 0, 0])
-    np.testing.assert_array_equal(Sampler(top_k=2).probabilities(O), [0, 0.5, 0, 0.5, 0])
-    assert np.flatnonzero(Sampler(top_k=4).probabilities(O)).tolist() == [0, 1, 2, 3]
+    np.testing.assert_array_equal(TokenSampler(top_k=1).probabilities(O), [0, 1, 0, 0, 0])
+    np.testing.assert_array_equal(TokenSampler(top_k=2).probabilities(O), [0, 0.5, 0, 0.5, 0])
+    assert np.flatnonzero(TokenSampler(top_k=4).probabilities(O)).tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("q", [1, 2, 28, 300])
 def test_what_keeps_all_changes_nothing(q: int) -> None:
     O = np.random.default_rng(q).standard_normal(q)
-    plain = Sampler().probabilities(O)
-    for sampler in (Sampler(top_k=q), Sampler(top_k=q + 5), Sampler(top_p=1.0)):
+    plain = TokenSampler().probabilities(O)
+    for sampler in (TokenSampler(top_k=q), TokenSampler(top_k=q + 5), TokenSampler(top_p=1.0)):
         assert_close("p", sampler.probabilities(O), plain, length=q)
         assert (sampler.probabilities(O) > 0).all()
 
@@ -266,31 +266,39 @@ def test_top_k_1_is_greedy() -> None:
     for seed in range(20):
         O = np.random.default_rng(seed).integers(0, 4, 9).astype(np.float32)  # with many ties
         np.testing.assert_array_equal(
-            Sampler(3.0, top_k=1).probabilities(O), Sampler(0).probabilities(O)
+            TokenSampler(3.0, top_k=1).probabilities(O), TokenSampler(0).probabilities(O)
         )
 
 
 def test_never_leaves_the_others_as_they_are_to_each_other() -> None:
     never = (2, 5)
-    p, full = Sampler(never=never).probabilities(LOGITS), softmax(LOGITS)
+    p, full = TokenSampler(never=never).probabilities(LOGITS), softmax(LOGITS)
     assert not p[list(never)].any()
     full[list(never)] = 0
     assert_close("p", p, full / full.sum(), length=8)
+
+
+@pytest.mark.parametrize("temperature", [0, 1e-300, 1, 1e300])
+def test_never_holds_at_any_temperature_and_against_any_logits(temperature: float) -> None:
+    for others in (0.0, -1e12, -1e300):
+        O = np.array([1.0, others, 1e300, others])
+        p = TokenSampler(temperature, never=(0, 2)).probabilities(O)
+        np.testing.assert_array_equal(p, [0, 1, 0, 0] if temperature == 0 else [0, 0.5, 0, 0.5])
 
 
 def test_an_enormous_logit_that_is_never_drawn_leaves_the_others_alone() -> None:
     O = LOGITS.copy()
     O[2] = 1e300
     np.testing.assert_array_equal(
-        Sampler(never=(2,)).probabilities(O), Sampler(never=(2,)).probabilities(LOGITS)
+        TokenSampler(never=(2,)).probabilities(O), TokenSampler(never=(2,)).probabilities(LOGITS)
     )
-    assert Sampler(0, never=(2,)).draw(O) == 4
+    assert TokenSampler(0, never=(2,)).draw(O) == 4
 
 
 def test_logits_are_not_written() -> None:
     for temperature in (0, 1):
         O = LOGITS.copy()
-        Sampler(temperature, 3, 0.5, never=(1,)).draw(O)
+        TokenSampler(temperature, 3, 0.5, never=(1,)).draw(O)
         np.testing.assert_array_equal(O, LOGITS)
 
 
@@ -311,23 +319,52 @@ def test_logits_are_not_written() -> None:
         ({"top_p": 1.01}, r"top_p is 1.01: expected a number in \(0, 1\]"),
         ({"top_p": -0.5}, r"top_p is -0.5: expected a number in \(0, 1\]"),
         ({"top_p": math.nan}, r"top_p is nan: expected a number in \(0, 1\]"),
+        ({"seed": -1}, "seed is -1: expected at least 0"),
     ],
-    ids=str,
+    ids=[
+        "temperature-negative",
+        "temperature-infinite",
+        "temperature-nan",
+        "top_k-0",
+        "top_k-negative",
+        "top_p-0",
+        "top_p-above-1",
+        "top_p-negative",
+        "top_p-nan",
+        "seed-negative",
+    ],
 )
 def test_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}$"):
-        Sampler(**settings)
+        TokenSampler(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": "hot"}, "temperature is 'hot': expected a finite number, 0 or more"),
+        ({"temperature": None}, "temperature is None: expected a finite number, 0 or more"),
+        ({"top_k": 2.0}, "top_k is 2.0: expected an integer"),
+        ({"top_k": True}, "top_k is True: expected an integer"),
+        ({"top_p": True}, r"top_p is True: expected a number in \(0, 1\]"),
+        ({"seed": 0.5}, "seed is 0.5: expected an integer"),
+    ],
+    ids=["temperature-str", "temperature-none", "top_k-float", "top_k-bool", "top_p-bool", "seed"],
+)
+def test_settings_of_another_kind_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=f"^{message}$"):
+        TokenSampler(**settings)
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_a_distribution_over_nothing_is_refused(temperature: float) -> None:
     """Every token is one that is never drawn: no draw can be right, and none may be made."""
     with pytest.raises(ValueError, match="never"):
-        Sampler(temperature, never=(0, 1)).draw(np.zeros(2))
+        TokenSampler(temperature, never=(0, 1)).draw(np.zeros(2))
 
 
 @pytest.mark.parametrize(("logit", "temperature"), [(math.nan, 0), (math.nan, 1), (math.inf, 1)])
 def test_logits_without_a_distribution_are_refused(logit: float, temperature: float) -> None:
     """Finite weights can overflow into such logits: no id, let alone one past the last, is due."""
     with pytest.raises(ValueError, match=r"\bO\b|logit"):
-        Sampler(temperature, seed=0).draw(np.array([0.0, logit, 1.0]))
+        TokenSampler(temperature, seed=0).draw(np.array([0.0, logit, 1.0]))

@@ -1,10 +1,10 @@
 """The command line: results on stdout, progress and messages on stderr.
 
-Exit codes: 0 done; 1 the run failed (diverged, disk full); 2 a mistake in the command or its input;
-128 + N stopped by signal N with everything saved (130 after Ctrl-C).
+Exit codes: 0 done; 1 the run failed (diverged, disk full, output closed); 2 a mistake in the
+command or its input; 128 + N stopped by signal N (130 after Ctrl-C), training with everything saved
+unless a second one came at once.
 """
 
-import os
 import sys
 
 import typer
@@ -13,6 +13,7 @@ from gpurnn import __version__
 from gpurnn.cli.bench import bench
 from gpurnn.cli.evaluate import evaluate
 from gpurnn.cli.generate import generate
+from gpurnn.cli.output import FAILED
 from gpurnn.cli.train import train
 
 __all__ = ["app", "main"]
@@ -21,6 +22,7 @@ app = typer.Typer(
     name="gpurnn",
     help="Recurrent networks, and a character-level language model: train, evaluate, sample.",
     no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -49,6 +51,6 @@ def main() -> None:
     """Run the command line; the console script ``gpurnn``."""
     try:
         app(prog_name="gpurnn")
-    except BrokenPipeError:  # the reader of our output has gone, as in "gpurnn generate … | head"
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None
+    except OSError as e:  # commands deal with their own files: this is stdout, on a full disk say
+        sys.stderr.write(f"error: could not write the result: {e.strerror}\n")
+        raise SystemExit(FAILED) from None

@@ -1,6 +1,7 @@
 """``gpurnn bench``: speed, after the result has been checked."""
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gpurnn import bench as benchmark
+from gpurnn import validate
 from gpurnn.cli.output import FAILED, err, fail, mistakes, note, print_json
 from gpurnn.files import write_atomically
 
@@ -26,8 +28,8 @@ def bench(
     with mistakes():
         if device != "cpu":
             raise ValueError(f"device is {device!r}: this version has kernels for cpu only")
-        if threads < 1 or seconds <= 0:
-            raise ValueError(f"threads {threads}, seconds {seconds}: expected numbers above 0")
+        validate.positive("threads", threads)
+        validate.number("seconds", seconds, "a finite number above 0", lambda x: 0 < x < math.inf)
     records: list[dict[str, Any]] = []
     try:
         where = benchmark.environment(threads)
@@ -42,13 +44,13 @@ def bench(
     except ArithmeticError as e:
         fail(str(e), FAILED)
     result = {"environment": where, "records": records, **benchmark.summary(records)}
-    if out is not None:
-        with mistakes():
-            write_atomically(out, (json.dumps(result, indent=2) + "\n").encode())
     if as_json:
         print_json(result)
     else:
         _print(result)
+    if out is not None:
+        with mistakes():
+            write_atomically(out, (json.dumps(result, indent=2) + "\n").encode())
 
 
 def _print(result: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from gpurnn.cli.output import mistakes, note, print_json
+from gpurnn.cli.output import finite, mistakes, note, print_json
 from gpurnn.language_model import LanguageModel
 from gpurnn.text import decode_corpus, load_corpus
 
@@ -19,6 +19,12 @@ def evaluate(
         str,
         typer.Argument(help="python-docs, time-machine, the path of a UTF-8 text, or - for stdin."),
     ],
+    book: Annotated[
+        bool,
+        typer.Option(
+            "--book", help="Also the book's figure: mean of exp(batch loss), 32-step windows."
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Evaluate a model on a text: exact perplexity, each token predicted from all before it."""
@@ -29,6 +35,7 @@ def evaluate(
         else:
             corpus = load_corpus(text)
         found = lm.evaluate(corpus.text)
+        in_book = lm.book_perplexity(corpus.text) if book else None
     if found.unknown:
         note(
             f"note: {found.unknown:,} of {found.tokens:,} tokens are outside the model's "
@@ -40,7 +47,8 @@ def evaluate(
                 "model": str(model),
                 "text": corpus.name,
                 "sha256": corpus.sha256,
-                "perplexity": found.perplexity,
+                "perplexity": finite(found.perplexity),
+                **({} if in_book is None else {"perplexity_book": finite(in_book)}),
                 "bits_per_token": found.bits_per_token,
                 "bits_per_character": found.bits_per_character,
                 "tokens": found.tokens,
@@ -50,6 +58,8 @@ def evaluate(
         )
         return
     typer.echo(f"perplexity          {found.perplexity:.4f} per token")
+    if in_book is not None:
+        typer.echo(f"book's figure       {in_book:.4f} mean of exp(batch loss)")
     typer.echo(f"bits per token      {found.bits_per_token:.4f}")
     typer.echo(f"bits per character  {found.bits_per_character:.4f}")
     typer.echo(f"tokens              {found.tokens:,} predicted, {found.unknown:,} unknown")

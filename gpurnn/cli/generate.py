@@ -1,5 +1,6 @@
 """``gpurnn generate``: continue a prefix."""
 
+import secrets
 import warnings
 from pathlib import Path
 from typing import Annotated
@@ -28,6 +29,9 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Continue a prefix with text that the model makes up."""
+    drawn = seed is None
+    if seed is None:
+        seed = secrets.randbits(32)
     with mistakes(), warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always", UserWarning)
         lm = LanguageModel.load(model)
@@ -41,6 +45,8 @@ def generate(
         )
     for w in warned:
         note(f"note: {w.message}")
+    if drawn:
+        note(f"seed {seed}")  # so that this text, too, can be had again
     if as_json:
         print_json({"model": str(model), "prefix": prefix, "text": text, "seed": seed})
     else:

@@ -1,7 +1,7 @@
 """What the commands share: messages on stderr, results on stdout, mistakes without a traceback."""
 
 import json
-import sys
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -9,12 +9,12 @@ from typing import Any, NoReturn
 import typer
 from rich.console import Console
 
-__all__ = ["FAILED", "MISTAKE", "err", "fail", "mistakes", "note", "print_json", "reason"]
+__all__ = ["FAILED", "MISTAKE", "err", "fail", "finite", "mistakes", "note", "print_json", "reason"]
 
 FAILED = 1
 MISTAKE = 2
 
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 def note(message: str) -> None:
@@ -46,4 +46,9 @@ def reason(e: Exception) -> str:
 
 def print_json(result: Mapping[str, Any]) -> None:
     """Print one JSON document on stdout."""
-    sys.stdout.write(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    typer.echo(json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def finite(value: float) -> float | None:
+    """Return ``value``, or None if it is infinite, which JSON cannot say."""
+    return value if math.isfinite(value) else None

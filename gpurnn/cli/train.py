@@ -1,28 +1,48 @@
 """``gpurnn train``: train, show how it goes, compare with counting, tell where everything is."""
 
 import dataclasses
+import errno
 import math
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from gpurnn import loss
+from gpurnn import loss, validate
 from gpurnn.cli.output import FAILED, MISTAKE, err, fail, mistakes, note, print_json, reason
-from gpurnn.sampling import Sampler
-from gpurnn.training.config import PRESETS, TrainingConfig
-from gpurnn.training.run import ngram_perplexities
-from gpurnn.training.session import Session, resume, start
-from gpurnn.training.trainer import TrainingDiverged
+from gpurnn.sampling import TokenSampler
+from gpurnn.training import (
+    PRESETS,
+    SaveError,
+    Session,
+    TrainingConfig,
+    TrainingDiverged,
+    ngram_perplexities,
+    resume,
+    start,
+)
 
 __all__ = ["train"]
 
 NGRAM_NAMES = {1: "unigram", 2: "bigram", 5: "5-gram"}
 SAMPLE_LENGTH = 200
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+_DEFAULT = PRESETS["default"].as_json()
+
+
+def _option(name: str, text: str, flag: str | None = None) -> Any:
+    """Return an option that overrides the preset; its help tells the default preset's value."""
+    default = _DEFAULT[name]
+    shown = "none" if default is None else default
+    declared = () if flag is None else (flag,)
+    return typer.Option(*declared, help=f"{text} [default: {shown}]".replace("[", r"\["))
 
 
 def train(
+    ctx: typer.Context,
     corpus: Annotated[
         str | None,
         typer.Argument(help="python-docs (default), time-machine, or the path of a UTF-8 text."),
@@ -38,51 +58,64 @@ def train(
         bool, typer.Option("--resume", help="Go on with the run of --out from its checkpoint.")
     ] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier run's files.")] = False,
-    hidden_size: Annotated[int | None, typer.Option(help="Hidden units h.")] = None,
-    num_layers: Annotated[int | None, typer.Option(help="Recurrent layers.")] = None,
-    num_steps: Annotated[int | None, typer.Option(help="Time steps T of a batch.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences n of a batch.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training text.")] = None,
+    hidden_size: Annotated[int | None, _option("hidden_size", "Hidden units h.")] = None,
+    num_layers: Annotated[int | None, _option("num_layers", "Recurrent layers.")] = None,
+    num_steps: Annotated[int | None, _option("num_steps", "Time steps T of a batch.")] = None,
+    batch_size: Annotated[int | None, _option("batch_size", "Sequences n of a batch.")] = None,
+    epochs: Annotated[int | None, _option("epochs", "Passes over the training text.")] = None,
     activation: Annotated[
-        str | None, typer.Option(help="tanh, relu, sigmoid, softplus or identity.")
+        str | None, _option("activation", "tanh, relu, sigmoid, softplus or identity.")
     ] = None,
     embedding_size: Annotated[
-        int | None, typer.Option(help="Learn an embedding of this size instead of one-hot input.")
+        int | None,
+        _option("embedding_size", "Learn an embedding of this size instead of one-hot input."),
     ] = None,
     dropout: Annotated[
-        float | None, typer.Option(help="Dropout on the output layer's input.")
+        float | None, _option("dropout", "Dropout on the output layer's input.")
     ] = None,
-    init: Annotated[str | None, typer.Option(help="Initial weights: uniform or normal.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32 or float64.")] = None,
-    optimizer: Annotated[str | None, typer.Option(help="sgd, momentum or adamw.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
-    momentum: Annotated[float | None, typer.Option(help="Of the optimizer momentum.")] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="Of the optimizer adamw.")] = None,
+    init: Annotated[str | None, _option("init", "Initial weights: uniform or normal.")] = None,
+    dtype: Annotated[str | None, _option("dtype", "float32 or float64.")] = None,
+    optimizer: Annotated[str | None, _option("optimizer", "sgd, momentum or adamw.")] = None,
+    lr: Annotated[float | None, _option("lr", "Learning rate.")] = None,
+    momentum: Annotated[float | None, _option("momentum", "Of the optimizer of that name.")] = None,
+    weight_decay: Annotated[
+        float | None, _option("weight_decay", "Of the optimizer adamw.")
+    ] = None,
     schedule: Annotated[
-        str | None, typer.Option(help="Learning rate over time: constant, linear or cosine.")
+        str | None, _option("schedule", "Learning rate over time: constant, linear or cosine.")
     ] = None,
-    warmup: Annotated[int | None, typer.Option(help="Updates of linear warm-up.")] = None,
+    warmup: Annotated[int | None, _option("warmup", "Updates of linear warm-up.")] = None,
     clip: Annotated[
-        float | None, typer.Option(help="Global norm gradients are clipped to; 0: never.")
+        float | None, _option("clip", "Global norm gradients are clipped to; 0: never.")
     ] = None,
-    bptt: Annotated[str | None, typer.Option(help="full, truncated or randomized.")] = None,
-    tau: Annotated[int | None, typer.Option(help="Truncation length in steps.")] = None,
+    bptt: Annotated[str | None, _option("bptt", "full, truncated or randomized.")] = None,
+    tau: Annotated[int | None, _option("tau", "Truncation length in steps.")] = None,
     sampling: Annotated[
-        str | None, typer.Option(help="Batches: windows, random or sequential.")
+        str | None, _option("sampling", "Batches: windows, random or sequential.")
     ] = None,
-    unit: Annotated[str | None, typer.Option(help="Tokens: char or word.")] = None,
+    unit: Annotated[str | None, _option("unit", "Tokens: char or word.")] = None,
     edition: Annotated[
-        str | None, typer.Option(help="Preprocessing: raw, book, book-2017 or book-2019.")
+        str | None,
+        _option(
+            "edition",
+            "Preprocessing: raw, book, book-2017 or book-2019 (its first 10,000 characters).",
+        ),
     ] = None,
-    min_freq: Annotated[int | None, typer.Option(help="Rarer tokens become <unk>.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Use only the first tokens.")] = None,
+    min_freq: Annotated[int | None, _option("min_freq", "Rarer tokens become <unk>.")] = None,
+    max_tokens: Annotated[int | None, _option("max_tokens", "Use only the first tokens.")] = None,
+    train_windows: Annotated[
+        int | None, _option("train_windows", "With windows: how many of the first to train on.")
+    ] = None,
+    valid_windows: Annotated[
+        int | None, _option("valid_windows", "With windows: how many after them to validate on.")
+    ] = None,
     valid_fraction: Annotated[
-        float | None, typer.Option(help="Part of the text, at its end, to validate on.")
+        float | None, _option("valid_fraction", "Part of the text, at its end, to validate on.")
     ] = None,
     patience: Annotated[
-        int | None, typer.Option(help="Stop after so many epochs without improvement.")
+        int | None, _option("patience", "Stop after so many epochs without improvement.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    seed: Annotated[int | None, _option("seed", "Of everything random.")] = None,
     save_every: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 15.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -90,15 +123,15 @@ def train(
 
     Without arguments: characters of the Python reference text, in under three minutes on two cores.
     """
-    options = locals()  # before anything else is local: all options by name
     names = [field.name for field in dataclasses.fields(TrainingConfig)]
-    given = {name: options[name] for name in names if options.get(name) is not None}
+    given = {name: ctx.params[name] for name in names if ctx.params.get(name) is not None}
     if given.get("clip") == 0:
         given["clip"] = None
     with mistakes():
-        if save_every < 0:
-            raise ValueError(f"save-every is {save_every}: expected 0 or more seconds")
+        validate.number("save-every", save_every, "0 or more seconds", lambda x: 0 <= x < math.inf)
         if resume_run:
+            if overwrite:
+                raise ValueError("--resume goes on with a run, --overwrite replaces it: not both")
             session = resume(out, epochs=epochs, save_every=save_every)
             _refuse_changes(session.run.config, preset, given)
         else:
@@ -109,6 +142,9 @@ def train(
     if signal is not None:
         note(f"interrupted: everything is saved; go on with: {_resume_command(session)}")
         raise typer.Exit(128 + signal)
+    trainer = session.run.trainer
+    if trainer.progress.epoch < trainer.config.epochs:
+        note(f"stopped early: no better validation in {trainer.config.patience} epochs")
     result = _result(session)
     if as_json:
         print_json(result)
@@ -119,7 +155,18 @@ def train(
 def _config(preset: str | None, given: dict[str, Any]) -> TrainingConfig:
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"preset is {preset!r}: expected one of {', '.join(PRESETS)}")
-    return dataclasses.replace(PRESETS[preset or "default"], **given)
+    base = PRESETS[preset or "default"]
+    if given.get("sampling", base.sampling) != "windows":  # what the preset says of windows
+        base = dataclasses.replace(base, train_windows=None, valid_windows=None)
+    try:
+        config = dataclasses.replace(base, **given)
+    except TypeError as e:  # such as a dtype that there is, but not here
+        raise ValueError(str(e)) from e
+    if "valid_fraction" in given and config.valid_windows:
+        raise ValueError("valid-fraction has no effect beside valid-windows: give one of them")
+    if "momentum" in given and config.optimizer != "momentum":
+        raise ValueError(f"momentum has no effect on optimizer {config.optimizer}")
+    return config
 
 
 def _refuse_changes(config: TrainingConfig, preset: str | None, given: dict[str, Any]) -> None:
@@ -162,10 +209,10 @@ def _run(session: Session) -> int | None:
     )
     with Progress(*columns, console=err, transient=True) as bar:
         total = trainer.sampler.num_batches * config.epochs
-        task = bar.add_task("train", total=total, completed=steps_before, epoch=1, figures="")
+        task = bar.add_task("train", total=total, completed=steps_before, epoch="", figures="")
 
         def on_step() -> None:
-            speed = sum(progress.tokens) / max(progress.epoch_seconds, 1e-9)
+            speed = progress.epoch_tokens / max(progress.epoch_seconds, 1e-9)
             mean = progress.losses[-1]
             bar.update(
                 task,
@@ -179,20 +226,18 @@ def _run(session: Session) -> int | None:
         def on_epoch(record: dict[str, Any]) -> None:
             if record["epoch"] % log_every and not trainer.finished:
                 return
-            valid = record.get("valid_perplexity")
-            note(
-                f"epoch {record['epoch']:>4}  loss {record['train_loss']:.3f}  "
-                f"perplexity: training {record['train_perplexity']:.3f}"
-                + (f", validation {valid:.3f}" if valid is not None else "")
-                + f"  {record['tokens_per_second']:,.0f} tokens/s"
-            )
+            line = f"epoch {record['epoch']:>4}  loss {record['train_loss']:.3f}  perplexity: "
+            line += f"training {loss.perplexity(record['train_loss']):.3f}"
+            if "valid_loss" in record:
+                line += f", validation {loss.perplexity(record['valid_loss']):.3f}"
+            note(f"{line}  {record['tokens_per_second']:,.0f} tokens/s")
 
         try:
             return session.train(on_step, on_epoch)
         except TrainingDiverged as e:
             fail(str(e), FAILED)
-        except OSError as e:
-            if progress.step == steps_before:
+        except SaveError as e:
+            if progress.step == steps_before and e.errno not in DISK_IS_FULL:
                 fail(f"cannot write the run's files: {reason(e)}", MISTAKE)
             fail(
                 f"could not save: {reason(e)}. The last checkpoint is whole; "
@@ -202,7 +247,7 @@ def _run(session: Session) -> int | None:
 
 
 def _resume_command(session: Session) -> str:
-    return f"gpurnn train --resume --out {session.files.model}"
+    return f"gpurnn train --resume --out {shlex.quote(str(session.files.model))}"
 
 
 def _result(session: Session) -> dict[str, Any]:
@@ -243,14 +288,15 @@ def _sample(session: Session) -> dict[str, str]:
     length = min(20, run.config.num_steps)
     ids = (run.valid_ids if len(run.valid_ids) else run.train_ids)[:length]
     prefix = model.tokenizer.join(model.vocabulary.decode(ids))
-    sampler = Sampler(0.8, never=model.vocabulary.reserved_ids, seed=run.config.seed)
+    sampler = TokenSampler(0.8, never=model.vocabulary.reserved_ids, seed=run.config.seed)
     text = model.continued(prefix, list(model.generate_ids(ids, SAMPLE_LENGTH, sampler)))
     return {"prefix": prefix, "text": text}
 
 
 def _print_result(result: dict[str, Any]) -> None:
     def row(name: str, nats: float) -> str:
-        return f"  {name:<20} {math.exp(nats):>10.3f} {nats / math.log(2):>12.3f}"
+        bits = loss.bits_per_token(nats)
+        return f"  {name:<20} {loss.perplexity(nats):>10.3f} {bits:>12.3f}"
 
     lines = [f"{'validation':<22} {'perplexity':>10} {'bits/token':>12}"]
     if "valid_loss" in result:

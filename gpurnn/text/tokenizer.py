@@ -71,7 +71,12 @@ class Tokenizer:
 
     def join(self, tokens: Iterable[str]) -> str:
         """Return the text that ``tokens`` spell: joined by nothing (char) or a space (word)."""
-        return ("" if self.unit == "char" else " ").join(tokens)
+        return self.separator.join(tokens)
+
+    @property
+    def separator(self) -> str:
+        """What stands between two tokens in a text: nothing (char) or a space (word)."""
+        return "" if self.unit == "char" else " "
 
     def config(self) -> dict[str, str]:
         """Return what :meth:`from_config` needs to build an equal tokenizer."""

@@ -1,6 +1,7 @@
 """Everything that defines a training run, in one record that a checkpoint can hold."""
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -16,6 +17,35 @@ __all__ = ["BPTT", "PRESETS", "SAMPLING", "TrainingConfig"]
 
 SAMPLING = ("windows", "random", "sequential")
 BPTT = ("full", "truncated", "randomized")
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "edition": tuple(EDITIONS),
+    "unit": UNITS,
+    "sampling": SAMPLING,
+    "init": INITIALISATIONS,
+    "optimizer": OPTIMIZERS,
+    "schedule": SCHEDULES,
+    "bptt": BPTT,
+}
+_INTEGERS = {  # and their least values
+    "min_freq": 1,
+    "num_steps": 1,
+    "batch_size": 1,
+    "hidden_size": 1,
+    "num_layers": 1,
+    "epochs": 1,
+    "warmup": 0,
+    "seed": 0,
+}
+_OPTIONAL_INTEGERS = (
+    "max_tokens",
+    "train_windows",
+    "valid_windows",
+    "embedding_size",
+    "tau",
+    "patience",
+)
+_LEAST_TAU = {"full": 0, "truncated": 1, "randomized": 2}  # 1/tau is a probability below 1
 
 
 @dataclass(frozen=True)
@@ -36,7 +66,8 @@ class TrainingConfig:
         hidden_size, num_layers, activation, embedding_size, dropout, dtype, init: see
             ``LanguageModel``.
         epochs: passes over the training text.
-        optimizer, lr, momentum, weight_decay, schedule, warmup: see ``optimizers``.
+        optimizer, lr, momentum, weight_decay, schedule, warmup: see ``optimizers``; the warm-up
+            takes no more than a tenth of all updates.
         clip: global norm that gradients are clipped to; None never clips.
         bptt: how far gradients flow within the T steps: "full", "truncated" (cut every ``tau``
             steps), "randomized" (cut each step with probability 1/tau, reweighted to stay
@@ -80,35 +111,36 @@ class TrainingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what no run could use."""
-        choices = {
-            "edition": tuple(EDITIONS),
-            "unit": UNITS,
-            "sampling": SAMPLING,
-            "init": INITIALISATIONS,
-            "optimizer": OPTIMIZERS,
-            "schedule": SCHEDULES,
-            "bptt": BPTT,
+        """Refuse what no run could use; keep the rest as plain Python values."""
+        checked: dict[str, Any] = {
+            "corpus": _path("corpus", self.corpus),
+            "activation": validate.activation(self.activation).name,
+            "dtype": validate.dtype("dtype", self.dtype).name,
         }
-        for name, allowed in choices.items():
-            validate.choice(name, getattr(self, name), allowed)
-        validate.activation(self.activation)
-        validate.dtype("dtype", self.dtype)
-        for name in ("min_freq", "num_steps", "batch_size", "hidden_size", "num_layers", "epochs"):
-            validate.positive(name, getattr(self, name))
-        for name in ("max_tokens", "train_windows", "valid_windows", "embedding_size", "patience"):
-            if getattr(self, name) is not None:
-                validate.positive(name, getattr(self, name))
-        for name in ("lr", "clip"):
+        for name, choices in _CHOICES.items():
+            checked[name] = validate.choice(name, getattr(self, name), choices)
+        for name, least in _INTEGERS.items():
+            checked[name] = validate.at_least(name, getattr(self, name), least)
+        for name in _OPTIONAL_INTEGERS:
             value = getattr(self, name)
-            if value is not None and not 0 < value < np.inf:
-                raise ValueError(f"{name} is {value}: expected a finite number above 0")
+            checked[name] = None if value is None else validate.positive(name, value)
         for name in ("dropout", "valid_fraction", "momentum"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: expected a number in [0, 1)")
-        for name in ("warmup", "seed", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: expected 0 or more")
+            checked[name] = validate.number(
+                name, getattr(self, name), "a number in [0, 1)", lambda x: 0 <= x < 1
+            )
+        for name in ("lr", "clip"):
+            if getattr(self, name) is not None or name == "lr":
+                checked[name] = validate.number(
+                    name, getattr(self, name), "a finite number above 0", lambda x: 0 < x < np.inf
+                )
+        checked["weight_decay"] = validate.number(
+            "weight_decay",
+            self.weight_decay,
+            "a finite number, 0 or more",
+            lambda x: 0 <= x < np.inf,
+        )
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
         self._check_together()
 
     def _check_together(self) -> None:
@@ -116,20 +148,19 @@ class TrainingConfig:
             raise ValueError(
                 f"weight_decay is {self.weight_decay}: only adamw has it, not {self.optimizer}"
             )
-        if self.bptt == "full":
-            if self.tau is not None:
-                raise ValueError(f"tau is {self.tau}: bptt 'full' does not truncate")
-        else:
-            least = 1 if self.bptt == "truncated" else 2
-            if self.tau is None or self.tau < least:
-                raise ValueError(
-                    f"tau is {self.tau}: bptt {self.bptt!r} needs a number of steps from {least} up"
-                )
-        if self.sampling != "windows":
-            for name in ("train_windows", "valid_windows"):
-                if getattr(self, name) is not None:
-                    raise ValueError(f"{name} needs sampling 'windows', not {self.sampling!r}")
-        elif (self.train_windows is None) != (self.valid_windows is None):
+        if self.bptt == "full" and self.tau is not None:
+            raise ValueError(f"tau is {self.tau}: bptt 'full' does not truncate")
+        least = _LEAST_TAU[self.bptt]
+        if least and (self.tau is None or self.tau < least):
+            raise ValueError(
+                f"tau is {self.tau}: bptt {self.bptt!r} needs a number of steps from {least} up"
+            )
+        for name in ("train_windows", "valid_windows"):
+            if self.sampling != "windows" and getattr(self, name) is not None:
+                raise ValueError(f"{name} needs sampling 'windows', not {self.sampling!r}")
+        if self.patience is not None and not (self.valid_fraction or self.valid_windows):
+            raise ValueError(f"patience is {self.patience}: nothing is validated to wait for")
+        if (self.train_windows is None) != (self.valid_windows is None):
             raise ValueError("train_windows and valid_windows are given together or not at all")
 
     def as_json(self) -> dict[str, Any]:
@@ -140,6 +171,12 @@ class TrainingConfig:
     def from_json(cls, settings: Mapping[str, Any]) -> Self:
         """Build from ``as_json()``; a name this version does not know raises TypeError."""
         return cls(**settings)
+
+
+def _path(name: str, value: object) -> str:
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{name} is {value!r}: expected a name or a path")
+    return str(value)
 
 
 _BOOK = TrainingConfig(

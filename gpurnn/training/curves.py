@@ -1,6 +1,7 @@
 """The history of a run as a picture."""
 
 import io
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -31,9 +32,9 @@ def plot_curves(
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     epochs = [record["epoch"] for record in history]
-    axes.plot(epochs, [r["train_perplexity"] for r in history], "-", color="0.1", label="training")
+    axes.plot(epochs, _values(history, "train_perplexity"), "-", color="0.1", label="training")
     if "valid_perplexity" in history[0]:
-        valid = [r["valid_perplexity"] for r in history]
+        valid = _values(history, "valid_perplexity")
         marker = "." if len(epochs) <= 50 else ""
         axes.plot(epochs, valid, "--", marker=marker, color="0.45", label="validation")
     axes.set_yscale("log")
@@ -41,7 +42,7 @@ def plot_curves(
     axes.yaxis.set_minor_formatter(NullFormatter() if _decades(axes) > 1 else ScalarFormatter())
     axes.set_xlabel("epoch")
     axes.set_ylabel("perplexity per token")
-    axes.set_title(title)
+    axes.set_title(title.encode(errors="replace").decode(), parse_math=False)
     axes.grid(True, which="both", color="0.9")
     axes.legend()
     picture = io.BytesIO()
@@ -49,6 +50,11 @@ def plot_curves(
     write_atomically(path, picture.getvalue())
 
 
+def _values(history: Sequence[dict[str, Any]], name: str) -> list[float]:
+    """The curve called ``name``; None (infinite) leaves a gap."""
+    return [math.nan if r[name] is None else r[name] for r in history]
+
+
 def _decades(axes: Any) -> float:
     low, high = axes.get_ylim()
-    return float(high / low) / 10
+    return math.log10(high / low)

@@ -1,5 +1,6 @@
 """From settings to a run: text, batches, model, and the counting baselines of the same split."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,13 @@ class Run:
         }
 
 
+_SAMPLERS: dict[str, Callable[[Ids, int, int], Sampler]] = {
+    "windows": Windows,
+    "random": RandomPartition,
+    "sequential": SequentialPartition,
+}
+
+
 def prepare(config: TrainingConfig, corpus: Corpus | None = None) -> Run:
     """Load and cut the text, build vocabulary, batches, validation and the initial model.
 
@@ -91,11 +99,7 @@ def prepare(config: TrainingConfig, corpus: Corpus | None = None) -> Run:
                     f"{len(valid_ids)} to validate on: expected at least 2"
                 )
             validation = StreamValidation(valid_ids)
-        sampler = {
-            "windows": Windows,
-            "random": RandomPartition,
-            "sequential": SequentialPartition,
-        }[config.sampling](train_ids, T, n)
+        sampler = _SAMPLERS[config.sampling](train_ids, T, n)
     model = LanguageModel(
         vocabulary,
         tokenizer,

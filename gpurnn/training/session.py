@@ -1,21 +1,28 @@
 """A run with its files: started, saved as it goes, interrupted, resumed, finished."""
 
+import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpurnn import checkpoint
+from gpurnn import checkpoint, validate
 from gpurnn.files import write_atomically
+from gpurnn.text import load_corpus
 from gpurnn.training.config import TrainingConfig
 from gpurnn.training.curves import plot_curves
 from gpurnn.training.interrupts import noticed_interrupts
 from gpurnn.training.run import Run, prepare
+from gpurnn.training.trainer import TrainingDiverged
 
-__all__ = ["RunFiles", "Session", "resume", "start"]
+__all__ = ["RunFiles", "SaveError", "Session", "resume", "start"]
+
+
+class SaveError(OSError):
+    """A file of the run could not be written; ``filename`` and ``strerror`` say which and why."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,10 @@ class RunFiles:
             raise ValueError(f"out is {path}: expected a name that ends in .safetensors")
         return cls(path)
 
+    def __iter__(self) -> Iterator[Path]:
+        """All of them."""
+        return iter((self.model, self.training, self.history, self.curves))
+
     @property
     def training(self) -> Path:
         """The checkpoint: whole state of the run, to resume from."""
@@ -58,9 +69,10 @@ class Session:
     """Drives a ``Run`` and keeps its files up to date.
 
     The checkpoint is written when ``save_every`` seconds have passed since the last one, when the
-    run is interrupted and when it ends; the model file (the best parameters so far) and the
-    history after it. Each write replaces a file at once or not at all, so a run that is killed at
-    any moment goes on from the last checkpoint, to the same bits as one never killed.
+    run is interrupted and when it ends; the model file (the best parameters so far), the history
+    and the curves after it. Each write replaces a file at once or not at all, so a run that is
+    killed at any moment goes on from the last checkpoint, and its model file ends with the same
+    bytes as that of a run never killed.
     """
 
     def __init__(self, run: Run, files: RunFiles, *, save_every: float = 15.0) -> None:
@@ -74,7 +86,7 @@ class Session:
         on_step: Callable[[], None] = lambda: None,
         on_epoch: Callable[[dict[str, Any]], None] = lambda record: None,
     ) -> int | None:
-        """Train to the end or to an interrupt.
+        """Train to the end or to an interrupt; then the model holds the best parameters.
 
         Args:
             on_step: called after every update.
@@ -85,12 +97,16 @@ class Session:
             when it was interrupted, with everything saved.
 
         Raises:
-            TrainingDiverged: see ``Trainer.run``; the last checkpoint is from before.
-            OSError: a file could not be written; the files on disk are whole, if older.
+            TrainingDiverged: see ``Trainer.run``. The files tell of the run up to there.
+            SaveError: a file could not be written; the files on disk are whole, if older.
         """
         trainer = self.run.trainer
         with noticed_interrupts() as interrupts:
             self.save()  # an unwritable place is found before the work, not after
+            if not trainer.progress.step:  # an earlier run's files would be taken for this one's
+                for path in self.files:
+                    if path != self.files.training:
+                        path.unlink(missing_ok=True)
 
             def after_step() -> bool:
                 on_step()
@@ -98,29 +114,38 @@ class Session:
                     self.save()
                 return interrupts.signal is None
 
-            finished = trainer.run(after_step, on_epoch)
-            self.save()
-            if trainer.history:
-                plot_curves(trainer.history, self.files.curves, title=self.run.corpus.name)
+            try:
+                finished = trainer.run(after_step, on_epoch)
+            except (TrainingDiverged, OSError) as e:
+                if not isinstance(e, SaveError):  # diverged, or nobody to tell the progress to
+                    self.save(with_curves=True)
+                raise
+            self.save(with_curves=True)
             if not finished:
                 return interrupts.signal
         trainer.keep_best()
         return None
 
-    def save(self) -> None:
-        """Write the checkpoint, then the model and the history if there is an epoch to tell of."""
-        trainer = self.run.trainer
+    def save(self, *, with_curves: bool = False) -> None:
+        """Write the checkpoint; then model and history, if there is an epoch to tell of."""
+        trainer, corpus = self.run.trainer, self.run.corpus
         contents = trainer.contents()
         contents.document["corpus"] = {
-            "name": self.run.corpus.name,
-            "origin": self.run.corpus.origin,
-            "sha256": self.run.corpus.sha256,
+            "name": corpus.name,
+            "origin": corpus.origin,
+            "sha256": corpus.sha256,
         }
-        checkpoint.write(self.files.training, contents)
-        if trainer.history:
-            self.run.model.save(self.files.model, params=trainer.best, about=self.run.about())
-            lines = "".join(json.dumps(record) + "\n" for record in trainer.history)
-            write_atomically(self.files.history, lines.encode())
+        try:
+            checkpoint.write(self.files.training, contents)
+            if trainer.history:
+                self.run.model.save(self.files.model, params=trainer.best, about=self.run.about())
+                lines = (json.dumps(record, allow_nan=False) for record in trainer.history)
+                write_atomically(self.files.history, "".join(f"{x}\n" for x in lines).encode())
+                if with_curves:
+                    title = Path(corpus.name).name
+                    plot_curves(trainer.history, self.files.curves, title=title)
+        except OSError as e:
+            raise SaveError(e.errno, e.strerror, e.filename) from e
         self._saved_at = time.monotonic()
 
 
@@ -138,7 +163,7 @@ def start(
         ValueError: see ``prepare`` and ``RunFiles.beside``.
     """
     files = RunFiles.beside(out)
-    for path in (files.model, files.training):
+    for path in files:
         if path.exists() and not overwrite:
             raise FileExistsError(
                 f"{path} exists: resume that run (--resume), replace it (--overwrite), or give "
@@ -154,10 +179,12 @@ def resume(
 
     Args:
         out: as it was given to ``start``.
-        epochs: go on to so many instead of those the run was started with.
+        epochs: go on to so many instead of those the run was started with. A learning rate that
+            falls over the run then falls over the new length.
 
     Raises:
         CheckpointError: there is no checkpoint, it is damaged, or the text is no longer the same.
+        ValueError: fewer epochs than the run has completed.
         CorpusError: the corpus cannot be had.
     """
     files = RunFiles.beside(out)
@@ -165,15 +192,20 @@ def resume(
     try:
         config = TrainingConfig.from_json(contents.document["config"])
         before = contents.document["corpus"]["sha256"]
-        if epochs is not None:
-            config = TrainingConfig.from_json({**config.as_json(), "epochs": epochs})
-        run = prepare(config)
-        if run.corpus.sha256 != before:
-            raise checkpoint.CheckpointError(
-                f"{files.training} was trained on a text with sha256 {before}, but "
-                f"{run.corpus.name} ({run.corpus.origin}) now has {run.corpus.sha256}"
-            )
-        run.trainer.restore(contents)
-    except (KeyError, TypeError) as e:
+        done = contents.document["progress"]["epoch"]
+    except (KeyError, TypeError, ValueError) as e:
         raise checkpoint.CheckpointError(f"{files.training} holds no usable run: {e!r}") from e
+    if epochs is not None:
+        validate.positive("epochs", epochs)
+        if epochs < done:
+            raise ValueError(f"epochs is {epochs}: the run has completed {done} already")
+        config = dataclasses.replace(config, epochs=epochs)
+    corpus = load_corpus(config.corpus)
+    if corpus.sha256 != before:
+        raise checkpoint.CheckpointError(
+            f"{files.training} was trained on a text with sha256 {before}, but "
+            f"{corpus.name} ({corpus.origin}) now has {corpus.sha256}"
+        )
+    run = prepare(config, corpus)
+    run.trainer.restore(contents)
     return Session(run, files, save_every=save_every)

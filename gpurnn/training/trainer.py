@@ -39,6 +39,7 @@ class _Progress:
     epoch_seconds: float = 0.0
     losses: list[float] = field(default_factory=list)  # of the current epoch's batches
     tokens: list[int] = field(default_factory=list)
+    epoch_tokens: int = 0  # their sum
     largest_norm: float = 0.0  # of the current epoch's gradients, before clipping
     best_loss: float | None = None
     best_epoch: int = 0
@@ -56,7 +57,8 @@ class Trainer:
             as the result; without validation, those of the last epoch.
 
     One seed determines everything: the same arguments give the same bits on the same machine,
-    with however many interruptions between ``contents`` and ``restore``.
+    with the same number of BLAS threads, with however many interruptions between ``contents`` and
+    ``restore``. Only the seconds and tokens per second in the history differ.
     """
 
     def __init__(
@@ -142,8 +144,7 @@ class Trainer:
 
     def _update(self, X: NDArray[Any], Y: NDArray[Any], total: int) -> None:
         p, c = self.progress, self.config
-        lr = scheduled(c.lr, c.schedule, p.step, total, c.warmup)
-        params = self.model.params
+        lr = self._lr(p.step, total)
         try:
             loss, grads, hidden = self.model.loss_and_gradients(
                 X,
@@ -152,19 +153,27 @@ class Trainer:
                 xi=self._truncation(len(X), self.model.rnn.dtype),
                 rng=self._noise_rng if c.dropout else None,
             )
+            norm = clip_global_norm(grads, c.clip)
+            if math.isfinite(loss) and math.isfinite(norm):
+                self.optimizer.step(self.model.params, grads, lr)
         except NonFiniteError as e:
-            raise self._diverged(str(e)) from e
-        norm = clip_global_norm(grads, c.clip)
+            raise self._diverged(p.step + 1, str(e)) from e
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise self._diverged(f"the loss is {loss}, the gradient's norm {norm}")
-        self.optimizer.step(params, grads, lr)
+            what = f"the loss is {loss}, the gradient's norm {norm}"
+            raise self._diverged(p.step + 1, what)
         if self.sampler.carries_state:
             self._hidden = hidden
         p.batch += 1
         p.step += 1
         p.losses.append(loss)
         p.tokens.append(Y.size)
+        p.epoch_tokens += Y.size
         p.largest_norm = max(p.largest_norm, norm)
+
+    def _lr(self, step: int, total: int) -> float:
+        """The learning rate of one update; a short run warms up for a tenth of it at most."""
+        c = self.config
+        return scheduled(c.lr, c.schedule, step, total, min(c.warmup, total // 10))
 
     def _truncation(self, T: int, dtype: np.dtype[Any]) -> Floats | None:
         tau = self.config.tau
@@ -178,44 +187,48 @@ class Trainer:
             xi[:] = np.where(self._noise_rng.random(T) < pi, 1 / pi, 0)
         return xi
 
-    def _diverged(self, what: str) -> TrainingDiverged:
-        c, p = self.config, self.progress
-        lower = f"{c.lr / 10:g}"
-        clip = "a smaller clip" if c.clip is not None else "clipping gradients (clip 1)"
+    def _diverged(self, update: int, what: str) -> TrainingDiverged:
+        c = self.config
+        advice = [f"a lower learning rate (lr {c.lr / 10:g} instead of {c.lr:g})"]
+        advice.append("a smaller clip" if c.clip is not None else "clipping gradients (clip 1)")
+        if c.dtype != "float64":
+            advice.append("dtype float64")
         return TrainingDiverged(
-            f"training diverged at update {p.step + 1} (epoch {p.epoch + 1}): {what}. Try a lower "
-            f"learning rate (lr {lower} instead of {c.lr:g}), {clip}, or float64"
+            f"training diverged at update {update} (epoch {self.progress.epoch + 1}): {what}. "
+            f"Start a new run with {', or '.join(advice)}"
         )
 
     def _end_epoch(self) -> Record:
-        p, c = self.progress, self.config
+        p = self.progress
+        valid = None
+        if self.validation is not None:
+            try:
+                valid = self.validation(self.model)
+            except NonFiniteError as e:
+                raise self._diverged(p.step, f"in validation, {e}") from e
         train = Losses(tuple(p.losses), tuple(p.tokens))
         p.epoch += 1
+        p.seconds += p.epoch_seconds
         record: Record = {
             "epoch": p.epoch,
             "step": p.step,
-            "tokens": sum(p.tokens),
+            "tokens": p.epoch_tokens,
             **train.record("train"),
+            **train.book_record("train"),
+            **({} if valid is None or self.validation is None else self.validation.record(valid)),
             "largest_gradient_norm": p.largest_norm,
-            "lr": scheduled(c.lr, c.schedule, p.step - 1, c.epochs * p.batch, c.warmup),
-            "tokens_per_second": sum(p.tokens) / max(p.epoch_seconds, 1e-9),
+            "lr": self._lr(p.step - 1, self.config.epochs * p.batch),
+            "tokens_per_second": p.epoch_tokens / max(p.epoch_seconds, 1e-9),
+            "seconds": p.seconds,
         }
-        if self.validation is None:
+        if valid is None:
             p.best_epoch = p.epoch
-        else:
-            try:
-                found = self.validation(self.model)
-            except NonFiniteError as e:
-                raise self._diverged(f"in validation, {e}") from e
-            record |= found.record("valid")
-            if p.best_loss is None or found.mean < p.best_loss:
-                p.best_loss, p.best_epoch = found.mean, p.epoch
-                self._best = {name: a.copy() for name, a in self.model.params.items()}
-        p.seconds += p.epoch_seconds
-        record["seconds"] = p.seconds
+        elif p.best_loss is None or valid.mean < p.best_loss:
+            p.best_loss, p.best_epoch = valid.mean, p.epoch
+            self._best = {name: a.copy() for name, a in self.model.params.items()}
         p.history.append(record)
         p.batch, p.losses, p.tokens = 0, [], []
-        p.largest_norm, p.epoch_seconds = 0.0, 0.0
+        p.largest_norm, p.epoch_seconds, p.epoch_tokens = 0.0, 0.0, 0
         return record
 
     def keep_best(self) -> None:

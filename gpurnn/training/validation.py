@@ -1,5 +1,6 @@
 """Two ways of measuring a model on text it was not trained on."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,13 +26,19 @@ class Losses:
         """Mean negative log-likelihood of all tokens, each weighing the same, in nats."""
         return float(np.average(self.means, weights=self.tokens))
 
-    def record(self, split: str) -> dict[str, float]:
-        """Return the mean loss and both perplexities, under names that begin with ``split``."""
+    def record(self, split: str) -> dict[str, float | None]:
+        """Return mean loss and perplexity, under names that begin with ``split``.
+
+        A perplexity too large for a float is None, as JSON has no infinity.
+        """
         return {
             f"{split}_loss": self.mean,
-            f"{split}_perplexity": loss.perplexity(self.mean),
-            f"{split}_perplexity_book": loss.book_perplexity(self.means),
+            f"{split}_perplexity": _finite(loss.perplexity(self.mean)),
         }
+
+    def book_record(self, split: str) -> dict[str, float | None]:
+        """Return the mean over the batches of exp(loss), as the book plots it."""
+        return {f"{split}_perplexity_book": _finite(loss.book_perplexity(self.means))}
 
 
 class Validation(Protocol):
@@ -39,6 +46,9 @@ class Validation(Protocol):
 
     def __call__(self, model: LanguageModel) -> Losses:
         """Return the model's losses on the validation text."""
+
+    def record(self, losses: Losses) -> dict[str, float | None]:
+        """Return what the history is to hold of them."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +58,13 @@ class StreamValidation:
     ids: NDArray[Any]
 
     def __call__(self, model: LanguageModel) -> Losses:
-        """Return the losses of the whole stream as one batch."""
+        """Return the mean loss of the whole stream."""
         found = model.evaluate_ids(self.ids)
         return Losses((found.nats / found.tokens,), (found.tokens,))
+
+    def record(self, losses: Losses) -> dict[str, float | None]:
+        """Return loss and perplexity; a stream has no batches for the book's figure."""
+        return losses.record("valid")
 
 
 @dataclass(frozen=True)
@@ -61,9 +75,12 @@ class WindowValidation:
 
     def __call__(self, model: LanguageModel) -> Losses:
         """Return the losses batch by batch."""
-        means, tokens = [], []
-        for X, Y in self.windows.epoch(np.random.default_rng(0)):
-            nll, _ = model.negative_log_likelihood(X, Y)
-            means.append(float(nll.mean(dtype=np.float64)))
-            tokens.append(nll.size)
-        return Losses(tuple(means), tuple(tokens))
+        return Losses(*model.batch_losses(self.windows))
+
+    def record(self, losses: Losses) -> dict[str, float | None]:
+        """Return loss, perplexity and the book's figure."""
+        return losses.record("valid") | losses.book_record("valid")
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
