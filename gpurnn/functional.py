@@ -242,7 +242,7 @@ def cross_entropy(O: Floats, targets: Ids) -> tuple[float, Floats]:
 
 def negative_log_likelihood(O: Floats, targets: Ids) -> Floats:
     """−log softmax(O)[target] of each row: O (…, q), targets (…) → (…), natural logarithm."""
-    O_, targets_ = validate.cross_entropy(O, targets)
+    O_, targets_ = validate.negative_log_likelihood(O, targets)
     with _quiet():
         nll = reference.negative_log_likelihood(O_, targets_)
     if np.isnan(nll).any():

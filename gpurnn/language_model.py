@@ -70,11 +70,12 @@ class LanguageModel:
         self.about: dict[str, Any] = {}
         q = len(vocabulary)
         rng = validate.generator("seed", seed)
-        self.embedding_size = embedding_size
+        self.embedding_size = (
+            None if embedding_size is None else validate.positive("embedding_size", embedding_size)
+        )
         self._own: dict[str, Floats] = {}
-        input_size = q
-        if embedding_size is not None:
-            input_size = validate.positive("embedding_size", embedding_size)
+        input_size = q if self.embedding_size is None else self.embedding_size
+        if self.embedding_size is not None:
             E = rng.standard_normal((q, input_size)) / math.sqrt(input_size)  # rows of unit length
             self._own["E"] = E.astype(validate.dtype("dtype", dtype))
         self.rnn = RNN(

@@ -82,7 +82,9 @@ class MLPModel:
         dH, dW_hq, db_q = F.linear_backward(dO, residuals.H, p["W_hq"])
         dX, dW_xh, db_h = F.hidden_layer_backward(dH, residuals)
         assert db_h is not None
-        dE = F.embedding_backward(dX.reshape(*contexts.shape, -1), contexts, len(p["E"]))
+        dE = F.embedding_backward(
+            dX.reshape(*contexts.shape, p["E"].shape[1]), contexts, len(p["E"])
+        )
         return loss, {"E": dE, "W_xh": dW_xh, "b_h": db_h, "W_hq": dW_hq, "b_q": db_q}
 
     def negative_log_likelihood(self, X: Ids, Y: Ids) -> Floats:
@@ -101,6 +103,6 @@ class MLPModel:
         nothing_yet = np.full((self.context - 1, n), self.vocab_size)
         padded = np.concatenate([nothing_yet, ids])
         contexts = np.stack([padded[j : j + T] for j in range(self.context)], axis=-1)
-        joined = F.embedding(contexts, p["E"]).reshape(T, n, -1)
+        joined = F.embedding(contexts, p["E"]).reshape(T, n, p["W_xh"].shape[0])
         H, residuals = F.hidden_layer(joined, p["W_xh"], p["b_h"], activation=self.activation)
         return F.linear(H, p["W_hq"], p["b_q"]), contexts, residuals

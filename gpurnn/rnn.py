@@ -33,7 +33,11 @@ def draw_weights(
 
     ``uniform``: U(−1/√fan, 1/√fan), biases too (what frameworks do; ``fan`` is the hidden size).
     ``normal``: N(0, 0.01²) with biases 0 (the book's implementation from scratch, 9.5).
+
+    Raises:
+        TypeError, ValueError: ``init`` is neither.
     """
+    validate.choice("init", init, INITIALISATIONS)
     if init == "uniform":
         return (rng.uniform(-1, 1, shape) / math.sqrt(fan)).astype(dtype)
     if len(shape) == 1:
@@ -82,7 +86,6 @@ class RNN:
         self.activation = validate.activation(activation).name
         self.dtype = validate.dtype("dtype", dtype)
         self.bias = bias
-        validate.choice("init", init, INITIALISATIONS)
         rng = validate.generator("seed", seed)
         h = hidden_size
         self.params: dict[str, Floats] = {}

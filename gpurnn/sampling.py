@@ -52,9 +52,11 @@ class TokenSampler:
         """Return the float64 distribution (q,) that the logits O (q,) are drawn from.
 
         Raises:
-            ValueError: no token is left that may be drawn.
+            ValueError: no token is left that may be drawn, or O holds a NaN or +inf.
         """
         logits = np.array(O, dtype=np.float64)
+        if not (logits < np.inf).all():
+            raise ValueError(f"O holds {logits.max()}: expected logits below infinity")
         logits[self.never] = -np.inf
         if np.isneginf(logits).all():
             raise ValueError(f"of {logits.size} tokens none may be drawn: {self.never} never are")

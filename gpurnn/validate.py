@@ -31,6 +31,7 @@ __all__ = [
     "like",
     "linear",
     "linear_backward",
+    "negative_log_likelihood",
     "number",
     "positive",
     "refuse_non_finite",
@@ -135,14 +136,21 @@ def embedding_backward(dX: object, ids: object, num_rows: object) -> tuple[Float
 
 
 def cross_entropy(O: object, targets: object) -> tuple[Floats, Ids]:
-    """Check the arguments of ``functional.cross_entropy``; both come back with their rows flat."""
+    """Check the arguments of ``functional.cross_entropy``: at least one row, all rows flat."""
+    O_, targets_ = negative_log_likelihood(O, targets)
+    if targets_.size == 0:
+        shape = array("targets", targets).shape
+        raise ValueError(f"targets has shape {shape}: a mean needs at least one row")
+    return O_, targets_
+
+
+def negative_log_likelihood(O: object, targets: object) -> tuple[Floats, Ids]:
+    """Check the arguments of ``functional.negative_log_likelihood``; the rows come back flat."""
     O_ = _floats("O", O, "(…, q)", None)
     q = O_.shape[-1]
     targets_ = token_ids("targets", targets, q, "O", axis="columns")
     _shape("targets", targets_, "O's leading axes", O_.shape[:-1])
-    if targets_.size == 0:
-        raise ValueError(f"targets has shape {targets_.shape}: a mean needs at least one row")
-    return O_.reshape(-1, q), targets_.reshape(-1)
+    return O_.reshape(targets_.size, q), targets_.reshape(-1)
 
 
 def activation(name: object) -> ReferenceActivation:

@@ -202,9 +202,12 @@ def test_what_cannot_be_written_leaves_the_old_file(written: Path) -> None:
 # Not there, not whole
 
 
+MISSING = "does not exist: expected a file that gpurnn wrote"
+
+
 def test_missing(path: Path) -> None:
-    assert refused(path) == "does not exist: expected a file that gpurnn wrote"
-    assert refused(path / "below") == "does not exist: expected a file that gpurnn wrote"
+    assert refused(path) == MISSING
+    assert refused(path / "below") == MISSING
 
 
 def test_folder(tmp_path: Path) -> None:
@@ -226,9 +229,11 @@ def test_every_shorter_file_is_truncated(arrays: dict[str, Any], path: Path) -> 
         path.write_bytes(whole[:length])
         reason = refused(path)
         assert reason.startswith("is truncated"), length
-        if 9 <= length < header:
+        if length < 9:
+            assert reason == f"is truncated: it has {length} bytes"
+        elif length < header:
             assert reason == "is truncated: it ends within its header"
-        if length >= header:
+        else:
             assert reason == f"is truncated: {length} bytes, its header tells {len(whole)}"
     path.write_bytes(whole)
     checkpoint.read(path, "model")
@@ -278,22 +283,24 @@ def test_overwritten_bytes_anywhere_are_found(written: Path, value: int) -> None
 
 def edit(
     path: Path,
-    metadata: Callable[[dict[str, str]], dict[str, str]] = dict,
+    about: Callable[[dict[str, str]], dict[str, str]] = dict,
     arrays: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> None:
     """Do what a careful vandal would: write the file anew, digest and all as they were."""
     with safe_open(path, "numpy") as f:
         before = json.loads(f.metadata()["gpurnn"])
         tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-    after = {"gpurnn": json.dumps(metadata(before), sort_keys=True)}
-    path.write_bytes(save(arrays(tensors), metadata=after))
+    metadata = {"gpurnn": json.dumps(about(before), sort_keys=True)}
+    path.write_bytes(save(arrays(tensors), metadata=metadata))
 
 
 CHANGED = "has been changed since it was written: its contents do not match their digest"
 
 
 def test_edit_that_changes_nothing_is_accepted(written: Path) -> None:
+    before = written.read_bytes()
     edit(written)
+    assert written.read_bytes() == before
     expected = Contents("model", ARRAYS, DOCUMENT)
     assert_same_contents(checkpoint.read(written, "model"), expected)
 
@@ -303,12 +310,12 @@ def test_edit_that_changes_nothing_is_accepted(written: Path) -> None:
     ["{}", '{"lr": 0.2}', "", "not JSON", '{"lr": 0.1,"list": [1, {"x": true}]}'],
 )
 def test_edited_document(written: Path, document: str) -> None:
-    edit(written, metadata=lambda m: {**m, "document": document})
+    edit(written, about=lambda m: {**m, "document": document})
     assert refused(written) == CHANGED
 
 
 def test_document_spelled_another_way(written: Path) -> None:
-    edit(written, metadata=lambda m: {**m, "document": m["document"] + " "})
+    edit(written, about=lambda m: {**m, "document": m["document"] + " "})
     assert refused(written) == CHANGED
 
 
@@ -316,13 +323,13 @@ def test_document_spelled_another_way(written: Path) -> None:
     "sha256", ["", "0" * 64, lambda m: m["sha256"].upper(), lambda m: m["sha256"][:-1]]
 )
 def test_edited_digest(written: Path, sha256: str | Callable[[dict[str, str]], str]) -> None:
-    edit(written, metadata=lambda m: {**m, "sha256": sha256(m) if callable(sha256) else sha256})
+    edit(written, about=lambda m: {**m, "sha256": sha256(m) if callable(sha256) else sha256})
     assert refused(written) == CHANGED
 
 
 @pytest.mark.parametrize("name", ["document", "sha256"])
 def test_missing_metadata(written: Path, name: str) -> None:
-    edit(written, metadata=lambda m: {k: v for k, v in m.items() if k != name})
+    edit(written, about=lambda m: {k: v for k, v in m.items() if k != name})
     assert refused(written) == CHANGED
 
 
@@ -354,8 +361,20 @@ def test_swapped_arrays(path: Path) -> None:
 
 
 def test_kind_edited_into_another(written: Path) -> None:
-    edit(written, metadata=lambda m: {**m, "format": "gpurnn-training"})
+    edit(written, about=lambda m: {**m, "format": "gpurnn-training"})
     assert refused(written, "training") == CHANGED
+
+
+@pytest.mark.parametrize("about", ["", "{", "null", "5", '"text"', "[1, 2]", '[["a"]]'])
+def test_entry_that_gpurnn_did_not_write(path: Path, about: str) -> None:
+    save_file(ARRAYS, path, metadata={"gpurnn": about})
+    assert refused(path).startswith("is damaged: ")
+
+
+@pytest.mark.parametrize("about", ["{}", "[]"])
+def test_entry_that_says_nothing(path: Path, about: str) -> None:
+    save_file(ARRAYS, path, metadata={"gpurnn": about})
+    assert refused(path) == "has format version (none): this gpurnn reads 1"
 
 
 # Another kind, another version, another program's
@@ -370,12 +389,12 @@ def test_model_where_training_is_expected_and_the_reverse(path: Path) -> None:
 
 @pytest.mark.parametrize("version", ["2", "10", "0", "1.0", "1 ", "01"])
 def test_another_format_version(written: Path, version: str) -> None:
-    edit(written, metadata=lambda m: {**m, "format_version": version})
+    edit(written, about=lambda m: {**m, "format_version": version})
     assert refused(written) == f"has format version {version}: this gpurnn reads 1"
 
 
 def test_no_format_version(written: Path) -> None:
-    edit(written, metadata=lambda m: {k: v for k, v in m.items() if k != "format_version"})
+    edit(written, about=lambda m: {k: v for k, v in m.items() if k != "format_version"})
     assert refused(written) == "has format version (none): this gpurnn reads 1"
 
 
@@ -455,7 +474,7 @@ JSON = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from([*TENSOR, "a", "__metadata__", "format", "format_version", "sha256"]),
+            st.sampled_from([*TENSOR, "a", "__metadata__", "gpurnn", "format", "sha256"]),
             inner,
             max_size=4,
         )

@@ -635,7 +635,7 @@ def test_initial_states_are_refused(
 def test_a_state_for_less_than_no_row_is_refused(num_layers: int) -> None:
     rnn = network(num_layers)
     assert rnn.init_state(0).size == 0
-    with pytest.raises(ValueError, match="^n is -1: expected at least 0$"):
+    with pytest.raises(ValueError, match=r"^n is -1: expected at least 0$"):
         rnn.init_state(-1)
     with pytest.raises(TypeError, match=r"^n is 1\.0: expected an integer$"):
         rnn.init_state(1.0)  # type: ignore[arg-type]

@@ -26,7 +26,8 @@ from gpurnn.language_model import LanguageModel
 from gpurnn.text import CorpusError
 from gpurnn.training import session as session_module
 from gpurnn.training.config import TrainingConfig
-from gpurnn.training.session import RunFiles, Session, resume, start
+from gpurnn.training.session import RunFiles, SaveError, Session, resume, start
+from gpurnn.training.trainer import TrainingDiverged
 
 posix = pytest.mark.skipif(os.name != "posix", reason="POSIX signals and limits")
 
@@ -104,7 +105,7 @@ def assert_readable(files: RunFiles) -> int:
     """
     for path in files.model.parent.iterdir():
         known = (files.model, files.training, files.history, files.curves)
-        assert path in known or re.fullmatch(r"\.model\..*\.new", path.name), path
+        assert path in known or path.name in {f".{p.name}.new" for p in known}, path
     if not files.training.exists():
         assert not files.model.exists() and not files.history.exists()
         return -1
@@ -196,7 +197,7 @@ def test_equal_runs_have_equal_model_files(corpus: Path, tmp_path: Path) -> None
 
 
 def test_model_on_the_disk_is_the_best_so_far(corpus: Path, out: Path) -> None:
-    session = start(tiny(corpus, epochs=20, lr=1.0, warmup=80), out, save_every=0)
+    session = start(tiny(corpus, epochs=20, hidden_size=12), out, save_every=0)
     trainer = session.run.trainer
     best_epochs = set()
 
@@ -210,7 +211,7 @@ def test_model_on_the_disk_is_the_best_so_far(corpus: Path, out: Path) -> None:
             assert len(history_without_times(session.files)) == trainer.progress.epoch
 
     session.train(on_step)
-    assert 1 < len(best_epochs) < 19  # it got better, and then worse
+    assert 1 < len(best_epochs) < 19  # it got better, and then worse: it has learned by heart
 
 
 def test_before_the_first_epoch_ends_there_is_only_the_checkpoint(corpus: Path, out: Path) -> None:
@@ -262,7 +263,7 @@ def test_checkpoints_come_by_the_clock(
 
 def test_what_is_there_is_not_replaced_unasked(corpus: Path, out: Path) -> None:
     files = uninterrupted(tiny(corpus, epochs=1), out.parent / "earlier")
-    for path in (files.model, files.training):
+    for path in files:
         there = out.parent / path.name
         there.write_bytes(path.read_bytes())
         with pytest.raises(FileExistsError, match=re.escape(str(there))) as caught:
@@ -279,6 +280,13 @@ def test_overwrite_replaces_an_earlier_run(corpus: Path, out: Path, tmp_path: Pa
     assert_same_result(session.files, uninterrupted(tiny(corpus), tmp_path / "alone"))
 
 
+def test_overwrite_leaves_nothing_of_an_earlier_run(corpus: Path, out: Path) -> None:
+    start(tiny(corpus, hidden_size=7, seed=5), out).train()
+    session = start(tiny(corpus), out, overwrite=True)
+    assert session.train(raising(1, session, signal.SIGINT)) == signal.SIGINT
+    assert [p.name for p in out.parent.iterdir()] == ["model.training.safetensors"]
+
+
 def test_start_without_a_usable_text(corpus: Path, out: Path) -> None:
     with pytest.raises(CorpusError, match="nowhere"):
         start(tiny(corpus.parent / "nowhere.txt"), out)
@@ -289,9 +297,10 @@ def test_start_without_a_usable_text(corpus: Path, out: Path) -> None:
 
 def test_unwritable_place_is_found_before_the_work(corpus: Path, tmp_path: Path) -> None:
     session = start(tiny(corpus), tmp_path / "missing" / "model.safetensors")
-    with pytest.raises(FileNotFoundError) as caught:
+    with pytest.raises(SaveError) as caught:
         session.train()
     assert session.run.trainer.progress.step == 0
+    assert caught.value.errno == errno.ENOENT
     assert caught.value.filename == str(tmp_path / "missing" / "model.training.safetensors")
 
 
@@ -446,6 +455,21 @@ def test_trains_in_another_thread(corpus: Path, out: Path, tmp_path: Path) -> No
     assert_same_result(session.files, uninterrupted(tiny(corpus), tmp_path / "alone"))
 
 
+def test_diverged_run_has_its_files(corpus: Path, out: Path) -> None:
+    session = start(tiny(corpus), out, save_every=1e9)
+    trainer = session.run.trainer
+
+    def spoil() -> None:
+        if trainer.progress.step == 10:
+            trainer.model.params["W_hh"][0, 0] = np.nan
+
+    with pytest.raises(TrainingDiverged, match=r"at update 11 \(epoch 3\)"):
+        session.train(spoil)
+    assert len(history_without_times(session.files)) == 2
+    assert all(path.exists() for path in session.files)
+    assert LanguageModel.load(out).about["epoch"] == trainer.progress.best_epoch
+
+
 # Resumed
 
 
@@ -458,14 +482,17 @@ def test_finished_run_resumed_is_finished(corpus: Path, out: Path, tmp_path: Pat
 
 
 def test_resumed_for_more_epochs(corpus: Path, out: Path, tmp_path: Path) -> None:
-    config = tiny(corpus, schedule="constant")
+    config = tiny(corpus, schedule="constant", warmup=0)
     start(config, out).train()
     session = resume(out, epochs=7)
     assert session.run.config == dataclasses.replace(config, epochs=7)
     assert session.train() is None
     longer = uninterrupted(dataclasses.replace(config, epochs=7), tmp_path / "alone")
     assert_same_result(session.files, longer)
-    with pytest.raises(ValueError, match="epochs is 0"):
+    assert resume(out, epochs=7).run.trainer.finished
+    with pytest.raises(ValueError, match="epochs is 6: the run has completed 7 already"):
+        resume(out, epochs=6)
+    with pytest.raises(ValueError, match="epochs is 0: expected at least 1"):
         resume(out, epochs=0)
 
 
@@ -751,7 +778,7 @@ def options_of(config: TrainingConfig) -> list[str]:
     """Return the command-line options that give a configuration."""
     given: list[str] = [config.corpus]
     for name, value in config.as_json().items():
-        if name != "corpus" and value is not None:
+        if name not in ("corpus", "momentum") and value is not None:
             given += [f"--{name.replace('_', '-')}", str(value)]
     return given
 
@@ -888,12 +915,12 @@ def test_disk_full_in_the_middle_of_a_run(corpus: Path, out: Path, tmp_path: Pat
 def test_disk_full_from_the_start(corpus: Path, out: Path) -> None:
     arguments = ["train", *options_of(tiny(corpus)), "--out", str(out)]
     done = console(*arguments, preexec_fn=limited(100))
-    assert done.returncode == 2
+    assert done.returncode == 1
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
-    training = RunFiles.beside(out).training
-    assert f"cannot write the run's files: {training}: {os.strerror(errno.EFBIG)}" in done.stderr
+    assert f"{RunFiles.beside(out).training}: {os.strerror(errno.EFBIG)}" in done.stderr
     assert list(out.parent.iterdir()) == []
+    assert "--resume" not in done.stderr  # there is nothing to resume
 
 
 @posix
@@ -909,7 +936,7 @@ def test_file_that_cannot_be_written_in_the_middle_of_a_run(
             path.unlink(missing_ok=True)
             path.mkdir()
 
-    with pytest.raises(OSError) as caught:
+    with pytest.raises(SaveError) as caught:
         session.train(block)
     assert caught.value.filename == str(path)
     path.rmdir()

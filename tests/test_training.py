@@ -150,8 +150,9 @@ COUNTS = ("min_freq", "num_steps", "batch_size", "hidden_size", "num_layers", "e
         *(
             ({name: value}, rf"{name} is {value!r}: expected")
             for name in ("warmup", "seed")
-            for value in (1.5, "1", None, math.nan)
+            for value in (1.5, "1", True, math.nan)
         ),
+        ({"seed": None}, r"seed is None: expected"),
         *(
             ({"optimizer": "adamw", "weight_decay": value}, rf"weight_decay is {value!r}: expected")
             for value in (-0.1, math.nan, math.inf)
@@ -178,6 +179,7 @@ COUNTS = ("min_freq", "num_steps", "batch_size", "hidden_size", "num_layers", "e
             {"valid_windows": 9, "sampling": "sequential"},
             r"valid_windows needs sampling 'windows', not 'sequential'",
         ),
+        ({"patience": 1, "valid_fraction": 0}, r"patience is 1: nothing is validated to wait for"),
         (
             {"train_windows": 9, "sampling": "windows"},
             r"train_windows and valid_windows are given together or not at all",
@@ -203,6 +205,8 @@ def test_settings_refused(changes: dict[str, Any], message: str) -> None:
         {"dropout": 0, "valid_fraction": 0, "momentum": 0},
         {"dropout": 0.999, "valid_fraction": 0.999, "momentum": 0.999},
         {"seed": 0, "warmup": 0},
+        {"patience": 1, "valid_fraction": 0.0, "sampling": "windows"}
+        | {"train_windows": 1, "valid_windows": 1},
         {"seed": 2**128},
         {"optimizer": "adamw", "weight_decay": 10.0},
         {"bptt": "truncated", "tau": 1},
@@ -210,7 +214,7 @@ def test_settings_refused(changes: dict[str, Any], message: str) -> None:
         {"bptt": "randomized", "tau": 2},
         {"sampling": "windows", "train_windows": 1, "valid_windows": 1},
         {"sampling": "windows", "train_windows": None, "valid_windows": None},
-        {"max_tokens": None, "embedding_size": None, "patience": None},
+        {"max_tokens": None, "embedding_size": None, "patience": None, "warmup": None},
     ],
     ids=str,
 )
@@ -667,7 +671,47 @@ def test_record_of_an_epoch() -> None:
         assert record["largest_gradient_norm"] == max(norms[4 * epoch - 4 : 4 * epoch]) > 0.05
         assert record["lr"] == scheduled(0.5, "cosine", 4 * epoch - 1, 12, 3)
         assert record["tokens_per_second"] > 0
+    assert "valid_perplexity_book" not in records[0]  # a stream has no batches
     assert 0 < records[0]["seconds"] < records[1]["seconds"] < records[2]["seconds"]
+
+
+def rates_of(run: Run, updates: int | None = None) -> list[float]:
+    """Train and return the learning rate of every update."""
+    found: list[float] = []
+    inner = run.trainer.optimizer.step
+
+    def spied(params: Any, grads: Any, lr: float) -> None:
+        found.append(lr)
+        inner(params, grads, lr)
+
+    run.trainer.optimizer.step = spied  # type: ignore[method-assign]
+    run.trainer.run(on_step=lambda: len(found) != updates)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("warmup", "expected"),
+    [
+        (0, [0.5] * 20),
+        (4, [0.125, 0.25, 0.375] + [0.5] * 17),
+        (None, [0.25] + [0.5] * 19),  # a tenth of all
+    ],
+)
+def test_warmup(warmup: int | None, expected: list[float]) -> None:
+    run = prepared(tiny(sampling="windows", batch_size=1000, epochs=20, warmup=warmup))
+    assert rates_of(run) == pytest.approx(expected)
+    assert [record["lr"] for record in run.trainer.history] == pytest.approx(expected)
+
+
+def test_warmup_of_a_long_run_is_100_updates() -> None:
+    run = prepared(tiny(sampling="windows", batch_size=1000, epochs=10_000, warmup=None))
+    assert rates_of(run, 3) == pytest.approx([0.005, 0.01, 0.015])
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_learning_rate_of_every_update(schedule: str) -> None:
+    run = prepared(tiny(sampling="sequential", epochs=6, schedule=schedule, warmup=2))
+    assert rates_of(run) == [scheduled(0.5, schedule, step, 24, 2) for step in range(24)]
 
 
 def xi_of(run: Run) -> list[Any]:
@@ -851,15 +895,21 @@ def test_window_validation_starts_every_window_afresh() -> None:
 def test_mean_loss_weighs_tokens_and_not_batches() -> None:
     found = Losses((1.0, 4.0), (30, 10))
     assert found.mean == 1.75
-    assert found.record("any") == {
-        "any_loss": 1.75,
-        "any_perplexity": loss.perplexity(1.75),
-        "any_perplexity_book": pytest.approx((math.e + math.e**4) / 2),
-    }
+    assert found.record("any") == {"any_loss": 1.75, "any_perplexity": loss.perplexity(1.75)}
+    book = pytest.approx((math.e + math.e**4) / 2)
+    assert found.book_record("any") == {"any_perplexity_book": book}
 
 
-# The learning rate rises from update to update, and in the end is far too high.
-WORSENING = tiny(epochs=20, lr=10.0, warmup=80)
+def test_perplexity_beyond_all_numbers_is_none() -> None:
+    """As JSON has no infinity."""
+    found = Losses((1e3, 1.0), (1, 1))
+    assert found.record("any") == {"any_loss": 500.5, "any_perplexity": math.exp(500.5)}
+    assert found.book_record("any") == {"any_perplexity_book": None}
+    assert Losses((1e3,), (1,)).record("any") == {"any_loss": 1e3, "any_perplexity": None}
+
+
+# So many units learn 208 letters by heart, and no longer the rule behind them.
+WORSENING = tiny(epochs=40, hidden_size=12, optimizer="adamw", lr=0.02)
 
 
 def test_the_best_epoch_is_kept() -> None:
@@ -869,7 +919,7 @@ def test_the_best_epoch_is_kept() -> None:
     losses = [record["valid_loss"] for record in run.trainer.history]
     best = int(np.argmin(losses))
     assert 0 < best < len(losses) - 1
-    assert losses[-1] > losses[best] + 0.05
+    assert losses[-1] > losses[best] + 0.1
     assert run.trainer.progress.best_epoch == best + 1
     assert run.trainer.progress.best_loss == losses[best]
     assert_same_params(run.trainer.best, by_epoch[best])
@@ -889,7 +939,7 @@ def test_of_equal_epochs_the_first_is_the_best() -> None:
 
 def test_without_validation_the_last_epoch_is_kept() -> None:
     run = trained(dataclasses.replace(WORSENING, valid_fraction=0.0))
-    assert run.trainer.progress.best_epoch == 20
+    assert run.trainer.progress.best_epoch == 40
     assert_same_params(run.trainer.best, run.model.params)
     assert not any(name.startswith("valid") for name in run.trainer.history[-1])
 
@@ -902,7 +952,7 @@ def test_before_the_first_epoch_the_best_are_the_present_parameters() -> None:
 
 @pytest.mark.parametrize("patience", [1, 2, 3])
 def test_patience_stops(patience: int) -> None:
-    config = dataclasses.replace(WORSENING, epochs=1000, schedule="constant", patience=patience)
+    config = dataclasses.replace(WORSENING, epochs=1000, patience=patience)
     run = trained(config)
     p = run.trainer.progress
     losses = [record["valid_loss"] for record in run.trainer.history]
@@ -912,11 +962,6 @@ def test_patience_stops(patience: int) -> None:
     # It stopped the first time that it could.
     for epoch in range(patience + 1, p.epoch):
         assert min(losses[epoch - patience : epoch]) < min(losses[: epoch - patience])
-
-
-def test_patience_without_validation_never_stops() -> None:
-    run = trained(dataclasses.replace(WORSENING, valid_fraction=0.0, patience=1))
-    assert run.trainer.progress.epoch == 20
 
 
 # Divergence
@@ -944,8 +989,8 @@ def test_divergence_leaves_the_parameters_of_the_update_before() -> None:
     step = run.trainer.progress.step
     assert 0 < step < 4
     assert message.startswith(f"training diverged at update {step + 1} (epoch 1): ")
-    assert "Try a lower learning rate (lr 1e+29 instead of 1e+30)" in message
-    assert message.endswith("clipping gradients (clip 1), or float64")
+    assert "a lower learning rate (lr 1e+29 instead of 1e+30)" in message
+    assert "clipping gradients (clip 1)" in message and "float64" in message
     assert_same_params(run.model.params, last)
     assert all(np.isfinite(a).all() for a in run.model.params.values())
     assert len(run.trainer.progress.losses) == step
@@ -953,7 +998,14 @@ def test_divergence_leaves_the_parameters_of_the_update_before() -> None:
 
 def test_divergence_with_clipping_advises_a_smaller_clip() -> None:
     message, _ = diverged(prepared(tiny(activation="relu", lr=1e30, clip=0.5)))
-    assert "(lr 1e+29 instead of 1e+30), a smaller clip, or float64" in message
+    assert "(lr 1e+29 instead of 1e+30)" in message
+    assert "a smaller clip" in message and "clip 1)" not in message
+
+
+def test_divergence_in_float64_does_not_advise_float64() -> None:
+    message, _ = diverged(prepared(dataclasses.replace(DIVERGING, dtype="float64", lr=1e300)))
+    assert "a lower learning rate (lr 1e+299 instead of 1e+300)" in message
+    assert "float64" not in message
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adamw"])
@@ -1024,6 +1076,19 @@ def test_divergence_found_in_validation_names_the_epoch_and_the_update() -> None
     assert "in validation" in message
     assert message.startswith("training diverged at update 1 (epoch 1): ")
     assert_same_params(run.model.params, last)
+    assert run.trainer.history == []
+
+
+def test_validation_loss_that_is_infinite_is_divergence() -> None:
+    run = prepared(TINY)
+
+    def on_step() -> bool:
+        if run.trainer.progress.step == 4:  # the epoch's last
+            run.model.params["b_q"][1:3] = 3e38, -3e38  # finite, but their difference is not
+        return True
+
+    with pytest.raises(TrainingDiverged, match=r"update 4 \(epoch 1\): in validation"):
+        run.trainer.run(on_step=on_step)
     assert run.trainer.history == []
 
 

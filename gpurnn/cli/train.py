@@ -164,8 +164,6 @@ def _config(preset: str | None, given: dict[str, Any]) -> TrainingConfig:
         raise ValueError(str(e)) from e
     if "valid_fraction" in given and config.valid_windows:
         raise ValueError("valid-fraction has no effect beside valid-windows: give one of them")
-    if "momentum" in given and config.optimizer != "momentum":
-        raise ValueError(f"momentum has no effect on optimizer {config.optimizer}")
     return config
 
 
@@ -235,10 +233,11 @@ def _run(session: Session) -> int | None:
         try:
             return session.train(on_step, on_epoch)
         except TrainingDiverged as e:
-            fail(str(e), FAILED)
+            fail(f"{e}; in a new run, as a resumed one keeps its settings", FAILED)
         except SaveError as e:
-            if progress.step == steps_before and e.errno not in DISK_IS_FULL:
-                fail(f"cannot write the run's files: {reason(e)}", MISTAKE)
+            full = e.errno in DISK_IS_FULL
+            if progress.step == steps_before:
+                fail(f"cannot write the run's files: {reason(e)}", FAILED if full else MISTAKE)
             fail(
                 f"could not save: {reason(e)}. The last checkpoint is whole; "
                 f"once this is mended, go on with: {_resume_command(session)}",

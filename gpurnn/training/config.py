@@ -34,17 +34,17 @@ _INTEGERS = {  # and their least values
     "hidden_size": 1,
     "num_layers": 1,
     "epochs": 1,
-    "warmup": 0,
     "seed": 0,
 }
-_OPTIONAL_INTEGERS = (
-    "max_tokens",
-    "train_windows",
-    "valid_windows",
-    "embedding_size",
-    "tau",
-    "patience",
-)
+_OPTIONAL_INTEGERS = {
+    "max_tokens": 1,
+    "train_windows": 1,
+    "valid_windows": 1,
+    "embedding_size": 1,
+    "warmup": 0,
+    "tau": 1,
+    "patience": 1,
+}
 _LEAST_TAU = {"full": 0, "truncated": 1, "randomized": 2}  # 1/tau is a probability below 1
 
 
@@ -66,8 +66,8 @@ class TrainingConfig:
         hidden_size, num_layers, activation, embedding_size, dropout, dtype, init: see
             ``LanguageModel``.
         epochs: passes over the training text.
-        optimizer, lr, momentum, weight_decay, schedule, warmup: see ``optimizers``; the warm-up
-            takes no more than a tenth of all updates.
+        optimizer, lr, momentum, weight_decay, schedule, warmup: see ``optimizers``. warmup None is
+            100 updates, or a tenth of all if that is less.
         clip: global norm that gradients are clipped to; None never clips.
         bptt: how far gradients flow within the T steps: "full", "truncated" (cut every ``tau``
             steps), "randomized" (cut each step with probability 1/tau, reweighted to stay
@@ -103,7 +103,7 @@ class TrainingConfig:
     momentum: float = 0.9
     weight_decay: float = 0.0
     schedule: str = "cosine"
-    warmup: int = 100
+    warmup: int | None = None
     clip: float | None = 1.0
     bptt: str = "full"
     tau: int | None = None
@@ -121,9 +121,9 @@ class TrainingConfig:
             checked[name] = validate.choice(name, getattr(self, name), choices)
         for name, least in _INTEGERS.items():
             checked[name] = validate.at_least(name, getattr(self, name), least)
-        for name in _OPTIONAL_INTEGERS:
+        for name, least in _OPTIONAL_INTEGERS.items():
             value = getattr(self, name)
-            checked[name] = None if value is None else validate.positive(name, value)
+            checked[name] = None if value is None else validate.at_least(name, value, least)
         for name in ("dropout", "valid_fraction", "momentum"):
             checked[name] = validate.number(
                 name, getattr(self, name), "a number in [0, 1)", lambda x: 0 <= x < 1

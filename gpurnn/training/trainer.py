@@ -23,6 +23,8 @@ __all__ = ["Trainer", "TrainingDiverged"]
 Floats = NDArray[Any]
 Record = dict[str, Any]
 
+DEFAULT_WARMUP = 100  # updates
+
 
 class TrainingDiverged(ArithmeticError):
     """The loss or a gradient is no longer finite; the message says where and what to try."""
@@ -171,9 +173,10 @@ class Trainer:
         p.largest_norm = max(p.largest_norm, norm)
 
     def _lr(self, step: int, total: int) -> float:
-        """The learning rate of one update; a short run warms up for a tenth of it at most."""
+        """The learning rate of one of ``total`` updates."""
         c = self.config
-        return scheduled(c.lr, c.schedule, step, total, min(c.warmup, total // 10))
+        warmup = min(DEFAULT_WARMUP, total // 10) if c.warmup is None else c.warmup
+        return scheduled(c.lr, c.schedule, step, total, warmup)
 
     def _truncation(self, T: int, dtype: np.dtype[Any]) -> Floats | None:
         tau = self.config.tau
@@ -192,10 +195,10 @@ class Trainer:
         advice = [f"a lower learning rate (lr {c.lr / 10:g} instead of {c.lr:g})"]
         advice.append("a smaller clip" if c.clip is not None else "clipping gradients (clip 1)")
         if c.dtype != "float64":
-            advice.append("dtype float64")
+            advice.append("or float64")
         return TrainingDiverged(
             f"training diverged at update {update} (epoch {self.progress.epoch + 1}): {what}. "
-            f"Start a new run with {', or '.join(advice)}"
+            f"Try {', '.join(advice)}"
         )
 
     def _end_epoch(self) -> Record:
@@ -206,6 +209,8 @@ class Trainer:
                 valid = self.validation(self.model)
             except NonFiniteError as e:
                 raise self._diverged(p.step, f"in validation, {e}") from e
+            if not math.isfinite(valid.mean):
+                raise self._diverged(p.step, f"in validation, the loss is {valid.mean}")
         train = Losses(tuple(p.losses), tuple(p.tokens))
         p.epoch += 1
         p.seconds += p.epoch_seconds
@@ -260,9 +265,17 @@ class Trainer:
         """Take up a run where ``contents`` left it.
 
         Raises:
-            CheckpointError: it belongs to another model, sampler or optimizer.
+            CheckpointError: it belongs to another model, sampler or optimizer, or lacks something;
+                this run is then not to be used.
         """
-        document, arrays = contents.document, contents.arrays
+        try:
+            self._restore(contents.document, contents.arrays)
+        except (KeyError, TypeError, ValueError) as e:
+            if isinstance(e, checkpoint.CheckpointError):
+                raise
+            raise checkpoint.CheckpointError(f"the checkpoint does not fit this run: {e!r}") from e
+
+    def _restore(self, document: Mapping[str, Any], arrays: Mapping[str, Floats]) -> None:
         for name, own in (("model", self.model.config()), ("sampler", self.sampler.config())):
             theirs = document[name]
             differing = sorted(k for k in own | theirs if own.get(k) != theirs.get(k))
@@ -270,18 +283,27 @@ class Trainer:
                 raise checkpoint.CheckpointError(
                     f"the checkpoint's {name} is another one: it differs in {', '.join(differing)}"
                 )
-        self.model.load_params(_part(arrays, "model."))
-        self._best = _part(arrays, "best.")
-        state = _part(arrays, "optimizer.")
+        progress = _Progress(**document["progress"])
+        params, best = _part(arrays, "model."), _part(arrays, "best.")
+        state, hidden = _part(arrays, "optimizer."), arrays.get("state.hidden")
+        expected = _layout(dict(self.model.params))
         if _layout(state) != _layout(self.optimizer.state):
-            raise checkpoint.CheckpointError("the checkpoint's optimizer state does not fit")
-        self.optimizer.state = state
-        self._hidden = arrays.get("state.hidden")
+            raise checkpoint.CheckpointError(
+                "the checkpoint's optimizer state does not fit this run"
+            )
+        fits = _layout(best) == (expected if progress.best_loss is not None else {})
+        if hidden is not None:
+            zero = self.model.init_state(self.sampler.n)
+            fits &= self.sampler.carries_state and _layout({"": hidden}) == _layout({"": zero})
+        if not fits:
+            raise checkpoint.CheckpointError("the checkpoint's arrays do not fit this run")
         random = document["random"]
-        self._epoch_rng_state = random["epoch"]
         self._batch_rng.bit_generator.state = random["batches"]
         self._noise_rng.bit_generator.state = random["noise"]
-        self.progress = _Progress(**document["progress"])
+        self._epoch_rng_state = random["epoch"]
+        self.model.load_params(params)
+        self._best, self.optimizer.state, self._hidden = best, state, hidden
+        self.progress = progress
 
 
 def _layout(arrays: Mapping[str, Floats]) -> dict[str, tuple[tuple[int, ...], str]]:
