@@ -1,6 +1,6 @@
 """The published runs of *Dive into Deep Learning*, and what they look like when a part is missing.
 
-Each is judged by where it arrives. Where SPEC.md has a window it was set before the run; the others
+Each is judged by where it arrives. The first has the windows of its published builds; the others
 come from the published figure and a few seeds, which are given beside them.
 """
 

@@ -79,7 +79,7 @@ def test_unknown_edition(function) -> None:
     with pytest.raises(ValueError) as caught:
         function("text", "book-2042")
     assert str(caught.value) == (
-        "edition must be one of 'raw', 'book', 'book-2017', 'book-2019'; got 'book-2042'"
+        "edition is 'book-2042': expected one of raw, book, book-2017, book-2019"
     )
 
 

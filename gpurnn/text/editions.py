@@ -11,7 +11,9 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Final
 
-__all__ = ["EDITIONS", "EDITION_LIMIT", "check_edition", "normalize", "training_text"]
+from gpurnn import validate
+
+__all__ = ["EDITIONS", "EDITION_LIMIT", "normalize", "training_text"]
 
 _NOT_LETTERS: Final = re.compile("[^A-Za-z]+")
 _LINE_END: Final = re.compile("\r\n|\r|\n")
@@ -55,13 +57,6 @@ EDITION_LIMIT: Final[Mapping[str, int]] = MappingProxyType({"book-2019": 10_000}
 """How many characters of the normalised text an edition trains on; the others train on all."""
 
 
-def check_edition(edition: str) -> None:
-    """Raise a :class:`ValueError` that lists the known editions if ``edition`` is not one."""
-    if edition not in EDITIONS:
-        known = ", ".join(map(repr, EDITIONS))
-        raise ValueError(f"edition must be one of {known}; got {edition!r}")
-
-
 def normalize(text: str, edition: str) -> str:
     """Return ``text`` after the rule of ``edition``, one of :data:`EDITIONS`.
 
@@ -80,7 +75,7 @@ def normalize(text: str, edition: str) -> str:
     Raises :class:`ValueError` for an unknown edition and :class:`TypeError` if ``text`` is not a
     string.
     """
-    check_edition(edition)
+    validate.choice("edition", edition, EDITIONS)
     if not isinstance(text, str):
         raise TypeError(f"text must be a str, got {type(text).__name__}")
     return EDITIONS[edition](text)

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from gpurnn.text.editions import check_edition, normalize
+from gpurnn import validate
+from gpurnn.text.editions import EDITIONS, normalize
 
 __all__ = ["UNITS", "Tokenizer"]
 
@@ -49,11 +50,8 @@ class Tokenizer:
     edition: str = "raw"
 
     def __post_init__(self) -> None:
-        if self.unit not in UNITS:
-            raise ValueError(
-                f"unit must be one of {', '.join(map(repr, UNITS))}; got {self.unit!r}"
-            )
-        check_edition(self.edition)
+        validate.choice("unit", self.unit, UNITS)
+        validate.choice("edition", self.edition, EDITIONS)
         if self.unit == "word" and self.edition in _CHARACTERS_ONLY:
             raise ValueError(
                 f"unit='word' cannot be had with edition={self.edition!r}, which joins lines "

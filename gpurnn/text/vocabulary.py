@@ -1,12 +1,13 @@
 """Vocabulary: the one-to-one map between tokens and ids."""
 
-import operator
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+
+from gpurnn import validate
 
 __all__ = ["UNK", "Vocabulary"]
 
@@ -35,9 +36,7 @@ class Vocabulary:
     def __init__(
         self, tokens: Iterable[str], *, min_freq: int = 1, reserved: Sequence[str] = ()
     ) -> None:
-        min_freq = _integer("min_freq", min_freq)
-        if min_freq < 1:
-            raise ValueError(f"min_freq must be at least 1, got {min_freq}")
+        min_freq = validate.positive("min_freq", min_freq)
         if isinstance(reserved, str):
             raise TypeError(f"reserved must be a sequence of tokens, got the string {reserved!r}")
         fixed = (UNK, *_strings("reserved", reserved))
@@ -82,8 +81,8 @@ class Vocabulary:
             first = repr(in_order[0]) if in_order else "no token at all"
             raise ValueError(f"tokens must start with {UNK!r}, which has id 0; got {first}")
         _refuse_repeats("tokens", in_order)
-        num_reserved = _integer("num_reserved", num_reserved)
-        if not 0 <= num_reserved < len(in_order):
+        num_reserved = validate.at_least("num_reserved", num_reserved, 0)
+        if num_reserved >= len(in_order):
             raise ValueError(
                 f"num_reserved must be from 0 to {len(in_order) - 1} for {len(in_order)} tokens "
                 f"of which the first is {UNK!r}; got {num_reserved}"
@@ -186,13 +185,6 @@ class Vocabulary:
 
     def __repr__(self) -> str:
         return f"<Vocabulary of {len(self)} tokens, {self._num_reserved} reserved>"
-
-
-def _integer(name: str, value: int) -> int:
-    """Return ``value`` as an int, or raise a TypeError: bool and float are no counts."""
-    if isinstance(value, bool | np.bool_) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    return operator.index(value)
 
 
 def _strings(name: str, tokens: Iterable[str]) -> list[str]:
