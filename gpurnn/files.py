@@ -33,8 +33,8 @@ def _write_beside_and_rename(target: Path, content: bytes) -> None:
     if mode is not None and not stat.S_ISREG(mode):
         raise OSError(errno.EINVAL, "exists and is not a regular file")
     beside = target.with_name(f".{target.name}.new")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0)
-    descriptor = os.open(beside, flags, 0o666)
+    beside.unlink(missing_ok=True)  # left by a process that was killed
+    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with os.fdopen(descriptor, "wb") as f:
             f.write(content)
