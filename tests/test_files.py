@@ -311,8 +311,12 @@ def test_path_that_is_a_folder(tmp_path: Path) -> None:
 def test_path_that_is_no_file(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    with pytest.raises(OSError) as caught:
-        write_atomically(pipe, NEW)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)  # or a writer that opens it waits for ever
+    try:
+        with pytest.raises(OSError) as caught:
+            write_atomically(pipe, NEW)
+    finally:
+        os.close(reader)
     assert caught.value.filename == str(pipe)
     assert pipe.is_fifo()
     assert [p.name for p in tmp_path.iterdir()] == ["pipe"]
