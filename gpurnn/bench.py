@@ -1,7 +1,7 @@
 """Speed of whole sequences, forward and backward, against PyTorch in the same run.
 
-The result is checked before anything is timed. Both sides are timed in turn, round by round, so
-that a change in the machine's speed hits both; figures are medians over the rounds.
+The result is checked before anything is timed. The sides take turns, so that a change in the
+machine's speed hits both; figures are medians over all passes.
 """
 
 import importlib.metadata
@@ -26,7 +26,9 @@ Floats = NDArray[Any]
 ERROR_LIMIT = 1e-4
 """Largest ‖float32 − float64‖ / ‖float64‖ of a result that is worth timing."""
 
-LEAST_ROUNDS = 5
+BLOCKS = 4  # turns of each side
+LEAST_PASSES = 2  # timed in a block
+PAUSE = 0.3  # seconds before a block, for the other side's threads to fall asleep
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ def _measure(shape: Shape, seconds: float, with_torch: bool) -> dict[str, Any]:
             record[f"{name}_{what}_ms"] = {
                 "median": 1e3 * median,
                 "quartiles": [1e3 * low, 1e3 * high],
-                "rounds": len(found),
+                "passes": len(found),
             }
         record[f"{what}_us_per_step"] = 1e6 * float(np.median(times["gpurnn"])) / shape.T
         if with_torch:
@@ -177,17 +179,23 @@ def _error(found: Any, exact: Any, shape: Shape) -> float:
 
 
 def _in_turn(passes: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
-    """Time every pass once a round, for about ``seconds`` each, after one untimed round."""
+    """Time every pass for about ``seconds``, in blocks that take turns.
+
+    Within a block one side runs alone, and its first pass is not timed: the threads of the other
+    side's pool go on spinning for a while after their last product, and would be measured.
+    """
     times: dict[str, list[float]] = {name: [] for name in passes}
-    for run in passes.values():
-        run()
-    spent = 0.0
-    while spent < seconds * len(passes) or len(times["gpurnn"]) < LEAST_ROUNDS:
+    for _ in range(BLOCKS):
         for name, run in passes.items():
-            before = time.perf_counter()
+            time.sleep(PAUSE)
             run()
-            times[name].append(time.perf_counter() - before)
-            spent += times[name][-1]
+            spent, count = 0.0, 0
+            while spent < seconds / BLOCKS or count < LEAST_PASSES:
+                before = time.perf_counter()
+                run()
+                times[name].append(time.perf_counter() - before)
+                spent += times[name][-1]
+                count += 1
     return times
 
 
