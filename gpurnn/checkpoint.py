@@ -101,7 +101,10 @@ def read(path: str | os.PathLike[str], kind: str) -> Contents:
         raise CheckpointError(
             f"{where} has been changed since it was written: its contents do not match their digest"
         )
-    return Contents(kind, arrays, json.loads(document))
+    try:
+        return Contents(kind, arrays, dict(json.loads(document)))
+    except _UNREADABLE as e:
+        raise CheckpointError(f"{where} is damaged: its document cannot be read ({e!r})") from e
 
 
 def _metadata(where: Path, data: bytes) -> dict[str, Any]:

@@ -23,9 +23,9 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     """
     target = Path(path)
     try:
-        _write_beside_and_rename(target.resolve(), content)
+        _write_beside_and_rename(Path(os.path.realpath(target)), content)
     except OSError as e:  # the system names the new file, or none: name the one that was meant
-        raise OSError(e.errno, e.strerror, str(target)) from e
+        raise OSError(e.errno, e.strerror or str(e), str(target)) from e
 
 
 def _write_beside_and_rename(target: Path, content: bytes) -> None:
@@ -51,11 +51,20 @@ def _write_beside_and_rename(target: Path, content: bytes) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Flush the rename itself; only POSIX lets a folder be opened."""
+    """Flush the rename itself, where the system lets a folder be opened and flushed.
+
+    The file has its new content by now, so a refusal is no failure to write it: some folders may be
+    written but not read, and some file systems do not flush folders.
+    """
     if os.name != "posix":
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = None
     try:
+        descriptor = os.open(folder, os.O_RDONLY)
         os.fsync(descriptor)
+    except OSError as e:
+        if e.errno not in (errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)

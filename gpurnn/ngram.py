@@ -228,7 +228,7 @@ class NGramModel:
 
         The prefix is not part of the result. A generator given as ``seed`` is advanced.
         """
-        rng = np.random.default_rng(seed)
+        rng = validate.generator("seed", seed)
         return self._continue(prefix, n, lambda p: int(rng.choice(p.size, p=p)))
 
     def greedy(self, prefix: Ids, n: int) -> Ints:
@@ -322,8 +322,5 @@ def _log(p: Floats) -> Floats:
 
 
 def _alpha(value: object, vocab_size: int) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-        raise TypeError(f"alpha is {value!r}: expected a real number")
-    if not 0 < float(value) * vocab_size < math.inf:
-        raise ValueError(f"alpha is {value}: expected more than 0, and alpha · |V| finite")
-    return float(value)
+    expected = "more than 0, and alpha · |V| finite"
+    return validate.number("alpha", value, expected, lambda x: 0 < x * vocab_size < math.inf)

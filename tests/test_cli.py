@@ -1,6 +1,8 @@
 """The command line: results on stdout, the rest on stderr, and every mistake named."""
 
 import dataclasses
+import errno
+import hashlib
 import importlib
 import json
 import math
@@ -449,7 +451,8 @@ def test_eval(command: Any, model: Path, tmp_path: Path) -> None:
     assert parsed(stdout) == {
         "model": str(model),
         "text": str(text),
-        "sha256": parsed(stdout)["sha256"],
+        "origin": f"the file {text}",
+        "sha256": hashlib.sha256(text.read_bytes()).hexdigest(),
         "perplexity": expected.perplexity,
         "bits_per_token": expected.bits_per_token,
         "bits_per_character": expected.bits_per_character,
@@ -463,6 +466,8 @@ def test_eval(command: Any, model: Path, tmp_path: Path) -> None:
     assert f"bits per token      {expected.bits_per_token:.4f}" in stdout
     assert f"bits per character  {expected.bits_per_character:.4f}" in stdout
     assert "tokens              30 predicted, 0 unknown" in stdout
+    digest = hashlib.sha256(text.read_bytes()).hexdigest()
+    assert f"text                the file {text}, sha256 {digest}" in stdout
 
 
 def test_eval_notes_what_it_does_not_know(command: Any, model: Path, tmp_path: Path) -> None:
@@ -486,7 +491,9 @@ def test_eval_of_standard_input(command: Any, model: Path, corpus: Path) -> None
     from_file = parsed(command("eval", model, corpus, "--json").stdout)
     ended = command("eval", model, "-", "--json", input=corpus.read_bytes())
     assert (ended.code, ended.stderr) == (0, "")
-    assert {**parsed(ended.stdout), "text": str(corpus)} == from_file
+    found = parsed(ended.stdout)
+    assert (found["text"], found["origin"]) == ("-", "standard input")
+    assert {**found, "text": str(corpus), "origin": f"the file {corpus}"} == from_file
 
 
 # generate
@@ -583,6 +590,28 @@ def test_reader_that_stops_after_a_character(model: Path) -> None:
         assert process.stdout.read(1) == b"t"
         process.stdout.close()
         assert re.fullmatch(rb"seed \d+\n", process.stderr.read())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+@pytest.mark.parametrize("as_json", [False, True], ids=["text", "json"])
+@pytest.mark.parametrize("name", ["generate", "eval"])
+def test_result_that_finds_no_room(name: str, as_json: bool, model: Path, corpus: Path) -> None:
+    arguments = {
+        "generate": ["generate", model, "--prefix", "the", "-n", 5, "--seed", 1],
+        "eval": ["eval", model, corpus],
+    }[name]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [CONSOLE, *map(str, arguments), *(["--json"] if as_json else [])],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+            env=ENVIRONMENT,
+        )
+    assert done.returncode == 1
+    assert done.stderr == f"error: could not write the result: {os.strerror(errno.ENOSPC)}\n"
 
 
 # Mistakes

@@ -449,8 +449,8 @@ def test_greedy_prefers_the_lowest_id_and_needs_no_prefix():
         ({"alpha": math.nan}, ValueError, "alpha is nan"),
         ({"alpha": math.inf}, ValueError, "alpha is inf"),
         ({"alpha": 1e308}, ValueError, r"alpha · \|V\| finite"),
-        ({"alpha": "1"}, TypeError, "alpha is '1': expected a real number"),
-        ({"alpha": True}, TypeError, "alpha is True: expected a real number"),
+        ({"alpha": "1"}, TypeError, "alpha is '1': expected more than 0"),
+        ({"alpha": True}, TypeError, "alpha is True: expected more than 0"),
     ],
 )
 def test_refused_models(arguments, error, message):

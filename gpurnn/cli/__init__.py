@@ -1,8 +1,8 @@
 """The command line: results on stdout, progress and messages on stderr.
 
-Exit codes: 0 done; 1 the run failed (diverged, disk full, output closed); 2 a mistake in the
-command or its input; 128 + N stopped by signal N (130 after Ctrl-C), training with everything saved
-unless a second one came at once.
+Exit codes: 0 done; 1 the run failed (diverged, disk or memory full, output closed); 2 a mistake in
+the command or its input; 128 + N stopped by signal N (130 after Ctrl-C), training with everything
+saved unless a second one came at once.
 """
 
 import sys

@@ -16,6 +16,8 @@ from gpurnn.files import write_atomically
 
 __all__ = ["bench"]
 
+INSTALL = "in the source folder: pip install -e '.[bench]'"
+
 
 def bench(
     device: Annotated[str, typer.Option(help="Where to run: cpu.")] = "cpu",
@@ -29,18 +31,20 @@ def bench(
         if device != "cpu":
             raise ValueError(f"device is {device!r}: this version has kernels for cpu only")
         validate.positive("threads", threads)
+        if out is not None and not out.parent.is_dir():
+            raise ValueError(f"out is {out}: {out.parent} is not a folder")
         validate.number("seconds", seconds, "a finite number above 0", lambda x: 0 < x < math.inf)
     records: list[dict[str, Any]] = []
     try:
         where = benchmark.environment(threads)
         if where["versions"]["torch"] == "not installed":
-            note("torch is not installed: no comparison (pip install 'gpurnn[bench]')")
+            note(f"torch is not installed: no comparison ({INSTALL})")
         with err.status("measuring"):
             for record in benchmark.measure_cpu(seconds=seconds, threads=threads):
                 records.append(record)
                 err.print(f"done: {record['shape']}", markup=False)
     except ImportError as e:
-        fail(f"{e}: install what it needs with: pip install 'gpurnn[bench]'", FAILED)
+        fail(f"{e} ({INSTALL})", FAILED)
     except ArithmeticError as e:
         fail(str(e), FAILED)
     result = {"environment": where, "records": records, **benchmark.summary(records)}

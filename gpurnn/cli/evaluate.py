@@ -46,11 +46,12 @@ def evaluate(
             {
                 "model": str(model),
                 "text": corpus.name,
+                "origin": corpus.origin,
                 "sha256": corpus.sha256,
                 "perplexity": finite(found.perplexity),
                 **({} if in_book is None else {"perplexity_book": finite(in_book)}),
-                "bits_per_token": found.bits_per_token,
-                "bits_per_character": found.bits_per_character,
+                "bits_per_token": finite(found.bits_per_token),
+                "bits_per_character": finite(found.bits_per_character),
                 "tokens": found.tokens,
                 "characters": found.characters,
                 "unknown": found.unknown,
@@ -63,3 +64,4 @@ def evaluate(
     typer.echo(f"bits per token      {found.bits_per_token:.4f}")
     typer.echo(f"bits per character  {found.bits_per_character:.4f}")
     typer.echo(f"tokens              {found.tokens:,} predicted, {found.unknown:,} unknown")
+    typer.echo(f"text                {corpus.origin}, sha256 {corpus.sha256}")

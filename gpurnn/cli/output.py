@@ -35,6 +35,8 @@ def mistakes() -> Iterator[None]:
         yield
     except (ValueError, OSError) as e:
         fail(reason(e), MISTAKE)
+    except MemoryError as e:
+        fail(f"not enough memory for these sizes: {e}", MISTAKE)
 
 
 def reason(e: Exception) -> str:

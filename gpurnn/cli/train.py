@@ -84,7 +84,9 @@ def train(
     schedule: Annotated[
         str | None, _option("schedule", "Learning rate over time: constant, linear or cosine.")
     ] = None,
-    warmup: Annotated[int | None, _option("warmup", "Updates of linear warm-up.")] = None,
+    warmup: Annotated[
+        int | None, typer.Option(help="Updates of linear warm-up; unset: 100, or a tenth of all.")
+    ] = None,
     clip: Annotated[
         float | None, _option("clip", "Global norm gradients are clipped to; 0: never.")
     ] = None,
@@ -233,7 +235,11 @@ def _run(session: Session) -> int | None:
         try:
             return session.train(on_step, on_epoch)
         except TrainingDiverged as e:
+            if isinstance(e.__cause__, SaveError):
+                note(f"could not save: {reason(e.__cause__)}")
             fail(f"{e}; in a new run, as a resumed one keeps its settings", FAILED)
+        except MemoryError as e:
+            fail(f"not enough memory: {e}; lower batch-size, num-steps or hidden-size", FAILED)
         except SaveError as e:
             full = e.errno in DISK_IS_FULL
             if progress.step == steps_before:
@@ -306,6 +312,8 @@ def _print_result(result: dict[str, Any]) -> None:
     else:
         lines = [f"{'training':<22} {'perplexity':>10} {'bits/token':>12}"]
         lines.append(row("this network", result["train_loss"]))
+    text = result["corpus"]
+    lines += ["", f"text: {text['origin']}, sha256 {text['sha256']}"]
     lines += ["", "sample (temperature 0.8), after the prefix " + repr(result["sample"]["prefix"])]
     lines += ["", result["sample"]["text"], ""]
     lines += [f"{name:<12} {path}" for name, path in result["files"].items()]

@@ -80,6 +80,7 @@ class Session:
         self.files = files
         self.save_every = save_every
         self._saved_at = time.monotonic()
+        self._complete = False
 
     def train(
         self,
@@ -101,12 +102,12 @@ class Session:
             SaveError: a file could not be written; the files on disk are whole, if older.
         """
         trainer = self.run.trainer
+        if self._complete:  # the model holds the best parameters, not those to go on from
+            return None
         with noticed_interrupts() as interrupts:
             self.save()  # an unwritable place is found before the work, not after
-            if not trainer.progress.step:  # an earlier run's files would be taken for this one's
-                for path in self.files:
-                    if path != self.files.training:
-                        path.unlink(missing_ok=True)
+            if not trainer.progress.step:
+                self._remove_earlier_results()
 
             def after_step() -> bool:
                 on_step()
@@ -116,15 +117,28 @@ class Session:
 
             try:
                 finished = trainer.run(after_step, on_epoch)
-            except (TrainingDiverged, OSError) as e:
-                if not isinstance(e, SaveError):  # diverged, or nobody to tell the progress to
+            except SaveError:
+                raise
+            except (TrainingDiverged, OSError) as e:  # OSError: nobody to tell the progress to
+                try:
                     self.save(with_curves=True)
+                except SaveError as unsaved:
+                    raise e from unsaved
                 raise
             self.save(with_curves=True)
             if not finished:
                 return interrupts.signal
         trainer.keep_best()
+        self._complete = True
         return None
+
+    def _remove_earlier_results(self) -> None:
+        """Remove what an earlier run left: it would be taken for this one's."""
+        for path in (self.files.model, self.files.history, self.files.curves):
+            try:
+                Path(os.path.realpath(path)).unlink(missing_ok=True)
+            except OSError as e:
+                raise _save_error(e) from e
 
     def save(self, *, with_curves: bool = False) -> None:
         """Write the checkpoint; then model and history, if there is an epoch to tell of."""
@@ -145,8 +159,12 @@ class Session:
                     title = Path(corpus.name).name
                     plot_curves(trainer.history, self.files.curves, title=title)
         except OSError as e:
-            raise SaveError(e.errno, e.strerror, e.filename) from e
+            raise _save_error(e) from e
         self._saved_at = time.monotonic()
+
+
+def _save_error(e: OSError) -> SaveError:
+    return SaveError(e.errno, e.strerror or str(e), e.filename)
 
 
 def start(
@@ -160,10 +178,13 @@ def start(
 
     Raises:
         FileExistsError: a file of an earlier run is there and ``overwrite`` is False.
-        ValueError: see ``prepare`` and ``RunFiles.beside``.
+        ValueError: one of the four names is taken by something other than a file; also see
+            ``prepare`` and ``RunFiles.beside``.
     """
     files = RunFiles.beside(out)
     for path in files:
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path} exists and is not a file: give another --out")
         if path.exists() and not overwrite:
             raise FileExistsError(
                 f"{path} exists: resume that run (--resume), replace it (--overwrite), or give "

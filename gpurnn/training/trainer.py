@@ -95,7 +95,10 @@ class Trainer:
 
     @property
     def best(self) -> Mapping[str, Floats]:
-        """The parameters of the best epoch so far (the current ones before there is any)."""
+        """The parameters of the best epoch so far; without validation, of the last whole one.
+
+        Before the first epoch has ended, the current ones.
+        """
         return self._best or self.model.params
 
     @property
@@ -147,6 +150,7 @@ class Trainer:
     def _update(self, X: NDArray[Any], Y: NDArray[Any], total: int) -> None:
         p, c = self.progress, self.config
         lr = self._lr(p.step, total)
+        noise = self._noise_rng.bit_generator.state
         try:
             loss, grads, hidden = self.model.loss_and_gradients(
                 X,
@@ -158,11 +162,11 @@ class Trainer:
             norm = clip_global_norm(grads, c.clip)
             if math.isfinite(loss) and math.isfinite(norm):
                 self.optimizer.step(self.model.params, grads, lr)
-        except NonFiniteError as e:
+            else:
+                raise NonFiniteError(f"the loss is {loss}, the gradient's norm {norm}")
+        except NonFiniteError as e:  # as if the update had not been tried
+            self._noise_rng.bit_generator.state = noise
             raise self._diverged(p.step + 1, str(e)) from e
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            what = f"the loss is {loss}, the gradient's norm {norm}"
-            raise self._diverged(p.step + 1, what)
         if self.sampler.carries_state:
             self._hidden = hidden
         p.batch += 1
@@ -230,6 +234,7 @@ class Trainer:
             p.best_epoch = p.epoch
         elif p.best_loss is None or valid.mean < p.best_loss:
             p.best_loss, p.best_epoch = valid.mean, p.epoch
+        if p.best_epoch == p.epoch:
             self._best = {name: a.copy() for name, a in self.model.params.items()}
         p.history.append(record)
         p.batch, p.losses, p.tokens = 0, [], []
@@ -291,7 +296,7 @@ class Trainer:
             raise checkpoint.CheckpointError(
                 "the checkpoint's optimizer state does not fit this run"
             )
-        fits = _layout(best) == (expected if progress.best_loss is not None else {})
+        fits = _layout(best) == (expected if progress.history else {})
         if hidden is not None:
             zero = self.model.init_state(self.sampler.n)
             fits &= self.sampler.carries_state and _layout({"": hidden}) == _layout({"": zero})
