@@ -6,6 +6,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from gpurnn.files import write_atomically
 
 __all__ = ["plot_curves"]
@@ -24,7 +26,7 @@ def plot_curves(
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
     if not history:
         raise ValueError("history is empty: a curve needs at least one epoch")
@@ -38,8 +40,12 @@ def plot_curves(
         marker = "." if len(epochs) <= 50 else ""
         axes.plot(epochs, valid, "--", marker=marker, color="0.45", label="validation")
     axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    digits = (1, 2, 5) if high > 4 * low else tuple(np.arange(1, 10, 0.5))  # those with a label
+    axes.yaxis.set_major_locator(LogLocator(subs=digits))
     axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_formatter(NullFormatter() if _decades(axes) > 1 else ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch")
     axes.set_ylabel("perplexity per token")
     axes.set_title(title.encode(errors="replace").decode(), parse_math=False)
@@ -53,8 +59,3 @@ def plot_curves(
 def _values(history: Sequence[dict[str, Any]], name: str) -> list[float]:
     """The curve called ``name``; None (infinite) leaves a gap."""
     return [math.nan if r[name] is None else r[name] for r in history]
-
-
-def _decades(axes: Any) -> float:
-    low, high = axes.get_ylim()
-    return math.log10(high / low)

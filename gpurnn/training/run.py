@@ -99,7 +99,10 @@ def prepare(config: TrainingConfig, corpus: Corpus | None = None) -> Run:
                     f"{len(valid_ids)} to validate on: expected at least 2"
                 )
             validation = StreamValidation(valid_ids)
-        sampler = _SAMPLERS[config.sampling](train_ids, T, n)
+        try:
+            sampler = _SAMPLERS[config.sampling](train_ids, T, n)
+        except ValueError as e:  # say it in the names of the settings
+            raise ValueError(f"{e} (T is num_steps, n is batch_size)") from e
     model = LanguageModel(
         vocabulary,
         tokenizer,
