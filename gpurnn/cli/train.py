@@ -33,12 +33,11 @@ DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DEFAULT = PRESETS["default"].as_json()
 
 
-def _option(name: str, text: str, flag: str | None = None) -> Any:
+def _option(name: str, text: str) -> Any:
     """Return an option that overrides the preset; its help tells the default preset's value."""
     default = _DEFAULT[name]
     shown = "none" if default is None else default
-    declared = () if flag is None else (flag,)
-    return typer.Option(*declared, help=f"{text} [default: {shown}]".replace("[", r"\["))
+    return typer.Option(help=f"{text} [default: {shown}]".replace("[", r"\["))
 
 
 def train(
