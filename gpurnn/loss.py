@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["bits_per_token", "book_perplexity", "perplexity"]
+__all__ = ["bits_per_token", "book_perplexity", "finite", "perplexity"]
 
 
 def perplexity(nll: ArrayLike) -> float:
@@ -34,6 +34,11 @@ def book_perplexity(batch_losses: Sequence[float]) -> float:
     if len(batch_losses) == 0:
         raise ValueError("batch_losses is empty: a mean needs at least one batch")
     return float(np.mean([perplexity(loss) for loss in batch_losses]))
+
+
+def finite(value: float) -> float | None:
+    """Return ``value``, or None if it is not finite, which JSON cannot say."""
+    return value if math.isfinite(value) else None
 
 
 def _mean(nll: ArrayLike) -> float:

@@ -233,9 +233,7 @@ def like(name: str, a: object, other_name: str, other: Floats) -> Floats:
 
 def token_ids(name: str, a: object, size: int, owner: str, axis: str = "rows") -> Ids:
     """Return ids in [0, size) as a C-contiguous array of the platform's index type."""
-    ids = array(name, a)
-    if ids.dtype.kind not in "iu":
-        raise TypeError(f"{name} has dtype {ids.dtype}: expected integer token ids")
+    ids = _integers(name, a)
     if ids.size:
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= size:
@@ -250,9 +248,7 @@ def token_ids(name: str, a: object, size: int, owner: str, axis: str = "rows") -
 
 def text_ids(name: str, a: object) -> Ids:
     """Return ``a``, itself and no copy, if it is a one-dimensional array of integers."""
-    ids = array(name, a)
-    if ids.dtype.kind not in "iu":
-        raise TypeError(f"{name} has dtype {ids.dtype}: expected integer token ids")
+    ids = _integers(name, a)
     _rank(name, ids, "(N,) ids", 1)
     return ids
 
@@ -304,6 +300,13 @@ def array(name: str, a: object) -> NDArray[Any]:
             "copy it to the host first"
         )
     raise TypeError(f"{name} is a {kind}: expected a numpy.ndarray")
+
+
+def _integers(name: str, a: object) -> Ids:
+    ids = array(name, a)
+    if ids.dtype.kind not in "iu":
+        raise TypeError(f"{name} has dtype {ids.dtype}: expected integer token ids")
+    return ids
 
 
 def _floats(

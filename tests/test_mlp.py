@@ -10,6 +10,7 @@ import pytest
 from cases import ACTIVATIONS, DTYPES
 from gradcheck import check_gradients
 from numpy.typing import NDArray
+from reference_setup import PHI
 from timemachine import require_time_machine
 from tolerance import DIFFERENCE_STEP, assert_close, assert_same_bits
 
@@ -26,14 +27,6 @@ T, N = 7, 2
 
 each_context = pytest.mark.parametrize("context", [1, 2, 3], ids="context{}".format)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
-
-PHI: dict[str, Callable[[float], float]] = {
-    "tanh": math.tanh,
-    "relu": lambda z: max(z, 0.0),
-    "sigmoid": lambda z: 1 / (1 + math.exp(-z)),
-    "softplus": lambda z: math.log1p(math.exp(z)),
-    "identity": lambda z: z,
-}
 
 
 def mlp(context: int, **options: Any) -> MLPModel:

@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from gpurnn.cli.output import finite, mistakes, note, print_json
+from gpurnn.cli.output import mistakes, note, print_json
 from gpurnn.language_model import LanguageModel
+from gpurnn.loss import finite
 from gpurnn.text import decode_corpus, load_corpus
 
 __all__ = ["evaluate"]

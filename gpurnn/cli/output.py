@@ -1,7 +1,6 @@
 """What the commands share: messages on stderr, results on stdout, mistakes without a traceback."""
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -9,7 +8,7 @@ from typing import Any, NoReturn
 import typer
 from rich.console import Console
 
-__all__ = ["FAILED", "MISTAKE", "err", "fail", "finite", "mistakes", "note", "print_json", "reason"]
+__all__ = ["FAILED", "MISTAKE", "err", "fail", "mistakes", "note", "print_json", "reason"]
 
 FAILED = 1
 MISTAKE = 2
@@ -49,8 +48,3 @@ def reason(e: Exception) -> str:
 def print_json(result: Mapping[str, Any]) -> None:
     """Print one JSON document on stdout."""
     typer.echo(json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False))
-
-
-def finite(value: float) -> float | None:
-    """Return ``value``, or None if it is infinite, which JSON cannot say."""
-    return value if math.isfinite(value) else None

@@ -259,11 +259,7 @@ def _result(session: Session) -> dict[str, Any]:
     trainer = run.trainer
     best = trainer.history[trainer.progress.best_epoch - 1]
     result: dict[str, Any] = {
-        "corpus": {
-            "name": run.corpus.name,
-            "origin": run.corpus.origin,
-            "sha256": run.corpus.sha256,
-        },
+        "corpus": run.corpus.about(),
         "parameters": run.model.num_parameters(),
         "epochs": trainer.progress.epoch,
         "updates": trainer.progress.step,

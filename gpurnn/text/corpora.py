@@ -45,6 +45,10 @@ class Corpus:
     sha256: str = field(init=False)
     origin: str
 
+    def about(self) -> dict[str, str]:
+        """Return all but the text: what belongs beside every figure."""
+        return {"name": self.name, "origin": self.origin, "sha256": self.sha256}
+
     def __post_init__(self) -> None:
         digest = hashlib.sha256(self.text.encode("utf-8")).hexdigest()
         object.__setattr__(self, "sha256", digest)

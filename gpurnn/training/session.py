@@ -144,11 +144,7 @@ class Session:
         """Write the checkpoint; then model and history, if there is an epoch to tell of."""
         trainer, corpus = self.run.trainer, self.run.corpus
         contents = trainer.contents()
-        contents.document["corpus"] = {
-            "name": corpus.name,
-            "origin": corpus.origin,
-            "sha256": corpus.sha256,
-        }
+        contents.document["corpus"] = corpus.about()
         try:
             checkpoint.write(self.files.training, contents)
             if trainer.history:

@@ -1,6 +1,5 @@
 """Two ways of measuring a model on text it was not trained on."""
 
-import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -33,12 +32,12 @@ class Losses:
         """
         return {
             f"{split}_loss": self.mean,
-            f"{split}_perplexity": _finite(loss.perplexity(self.mean)),
+            f"{split}_perplexity": loss.finite(loss.perplexity(self.mean)),
         }
 
     def book_record(self, split: str) -> dict[str, float | None]:
         """Return the mean over the batches of exp(loss), as the book plots it."""
-        return {f"{split}_perplexity_book": _finite(loss.book_perplexity(self.means))}
+        return {f"{split}_perplexity_book": loss.finite(loss.book_perplexity(self.means))}
 
 
 class Validation(Protocol):
@@ -80,7 +79,3 @@ class WindowValidation:
     def record(self, losses: Losses) -> dict[str, float | None]:
         """Return loss, perplexity and the book's figure."""
         return losses.record("valid") | losses.book_record("valid")
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
