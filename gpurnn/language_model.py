@@ -13,6 +13,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from gpurnn import checkpoint, loss, validate
 from gpurnn import functional as F
+from gpurnn.activation import Activation
 from gpurnn.batches import Windows
 from gpurnn.evaluation import Evaluation
 from gpurnn.rnn import RNN, Initialisation, draw_weights
@@ -52,7 +53,7 @@ class LanguageModel:
         *,
         hidden_size: int = 32,
         num_layers: int = 1,
-        activation: str = "tanh",
+        activation: str | Activation = "tanh",
         bias: bool = True,
         embedding_size: int | None = None,
         dropout: float = 0.0,
@@ -310,6 +311,7 @@ class LanguageModel:
 
         Raises:
             OSError: the file could not be written; one of that name is as it was.
+            ValueError: the activation is one of the user's own, see ``config``.
         """
         arrays = dict(self.params if params is None else params)
         document = {"model": self.config(), "about": dict(about or {})}
@@ -331,14 +333,24 @@ class LanguageModel:
             raise checkpoint.CheckpointError(f"{path} holds no usable model: {e}") from e
 
     def config(self) -> dict[str, Any]:
-        """Return all but the parameters, as JSON."""
+        """Return all but the parameters, as JSON.
+
+        Raises:
+            ValueError: the activation is one of the user's own: functions are no data.
+        """
+        activation = self.rnn.activation
+        if isinstance(activation, Activation):
+            raise ValueError(
+                f"activation is {activation!r}, made of Python functions, which a file cannot hold:"
+                " expected one that has a name (keep params, and build the model in your program)"
+            )
         return {
             "tokenizer": self.tokenizer.config(),
             "tokens": list(self.vocabulary.tokens),
             "num_reserved": self.vocabulary.num_reserved,
             "hidden_size": self.rnn.hidden_size,
             "num_layers": self.rnn.num_layers,
-            "activation": self.rnn.activation,
+            "activation": activation,
             "bias": self.rnn.bias,
             "embedding_size": self.embedding_size,
             "dropout": self.dropout,

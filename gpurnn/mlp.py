@@ -13,6 +13,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from gpurnn import functional as F
 from gpurnn import validate
+from gpurnn.activation import Activation
 from gpurnn.rnn import Initialisation, draw_weights
 
 __all__ = ["MLPModel"]
@@ -41,7 +42,7 @@ class MLPModel:
         *,
         embedding_size: int = 16,
         hidden_size: int = 64,
-        activation: str = "tanh",
+        activation: str | Activation = "tanh",
         dtype: DTypeLike = np.float32,
         init: Initialisation = "uniform",
         seed: int | np.random.Generator = 0,
@@ -50,7 +51,7 @@ class MLPModel:
         self.context = validate.positive("context", context)
         e = validate.positive("embedding_size", embedding_size)
         h = validate.positive("hidden_size", hidden_size)
-        self.activation = validate.activation(activation).name
+        self.activation = validate.activation_or_name(activation)
         self.dtype = validate.dtype("dtype", dtype)
         rng = validate.generator("seed", seed)
         fans: dict[str, tuple[int, tuple[int, ...]]] = {

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpurnn.activations import ReferenceActivation
+from gpurnn.activation import AnyActivation
 
 __all__ = [
     "cross_entropy",
@@ -36,12 +36,13 @@ def rnn_forward(
     W_xh: Floats,
     W_hh: Floats,
     b_h: Floats | None,
-    activation: ReferenceActivation,
-) -> Floats:
+    activation: AnyActivation,
+) -> tuple[Floats, Floats | None]:
     """H_t = φ(X_t W_xh + b_h + H_{t-1} W_hh) for t = 0…T−1 (9.4.5).
 
     X is (T, n, d) or ids (T, n). Returns the states *with the initial one before them*,
-    (T + 1, n, h): the backward pass wants them as one array.
+    (T + 1, n, h): the backward pass wants them as one array. Then what φ was applied to, (T, n, h),
+    if its derivative asks for that.
     """
     (T, n), h = X.shape[:2], W_hh.shape[0]
     states = np.empty((T + 1, n, h), W_hh.dtype)
@@ -51,6 +52,7 @@ def rnn_forward(
         rows = W_xh if b_h is None else W_xh + b_h
         np.take(rows, X, axis=0, out=states[1:], mode="clip")  # in range: "clip" saves a buffer
     recurrent = np.empty((n, h), W_hh.dtype)
+    Z = None if activation.of_output else np.empty((T, n, h), W_hh.dtype)
     for t in range(T):
         H_t = states[t + 1]
         if not by_id:
@@ -59,21 +61,25 @@ def rnn_forward(
                 H_t += b_h
         np.matmul(states[t], W_hh, out=recurrent)
         H_t += recurrent
+        if Z is not None:
+            Z[t] = H_t
         activation.apply(H_t)
-    return states
+    return states, Z
 
 
 def rnn_backward(
     dH: Floats,
     X: Floats | Ids,
     states: Floats,
+    Z: Floats | None,
     W_xh: Floats,
     W_hh: Floats,
-    activation: ReferenceActivation,
+    activation: AnyActivation,
     xi: Floats | None,
 ) -> tuple[Floats | None, Floats, Floats, Floats, Floats]:
     """Return dX, dh_0, dW_xh, dW_hh, db_h, given dH = ∂L/∂H with every H_t taken as free.
 
+    ``states`` and ``Z`` are what ``rnn_forward`` returned.
     ``xi`` (T,) scales what flows from step t back to the state before it: 0 cuts there, None never
     does (9.7.1.3: ones give the full gradient, Bernoulli(π)/π an unbiased randomized truncation).
     dX is None for ids.
@@ -82,7 +88,7 @@ def rnn_backward(
     T, n, h = H.shape
     W_hh_T = np.ascontiguousarray(W_hh.T)  # read T times
     dZ = np.empty_like(H)
-    activation.derivative(H, dZ)
+    activation.derivative(H if Z is None else Z, dZ)
     dh = np.zeros((n, h), H.dtype)  # the gradient by H_t, complete once dH[t] is added
     for t in reversed(range(T)):
         dh += dH[t]
@@ -143,20 +149,26 @@ def linear_backward(dO: Floats, H: Floats, W_hq: Floats) -> tuple[Floats, Floats
 
 
 def hidden_layer(
-    X: Floats, W_xh: Floats, b_h: Floats | None, activation: ReferenceActivation
-) -> Floats:
-    """H = φ(X W_xh + b_h) (9.4.3): a hidden layer, without a state."""
+    X: Floats, W_xh: Floats, b_h: Floats | None, activation: AnyActivation
+) -> tuple[Floats, Floats | None]:
+    """H = φ(X W_xh + b_h) (9.4.3): a hidden layer, without a state; Z as in ``rnn_forward``."""
     H = linear(X, W_xh, b_h)
+    Z = None if activation.of_output else H.copy()
     activation.apply(H)
-    return H
+    return H, Z
 
 
 def hidden_layer_backward(
-    dH: Floats, X: Floats, H: Floats, W_xh: Floats, activation: ReferenceActivation
+    dH: Floats,
+    X: Floats,
+    H: Floats,
+    Z: Floats | None,
+    W_xh: Floats,
+    activation: AnyActivation,
 ) -> tuple[Floats, Floats, Floats]:
     """Return dX, dW_xh, db_h."""
     dZ = np.empty_like(H)
-    activation.derivative(H, dZ)
+    activation.derivative(H if Z is None else Z, dZ)
     dZ *= dH
     return linear_backward(dZ, X, W_xh)
 

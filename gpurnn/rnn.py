@@ -12,6 +12,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from gpurnn import functional as F
 from gpurnn import validate
+from gpurnn.activation import Activation
 
 __all__ = ["INITIALISATIONS", "RNN", "Initialisation", "draw_weights"]
 
@@ -52,7 +53,7 @@ class RNN:
         input_size: d, the size of an input vector, or the number of token ids.
         hidden_size: h.
         num_layers: layers on top of each other.
-        activation: "tanh", "relu", "sigmoid", "softplus" or "identity".
+        activation: a name or a ``gpurnn.Activation``, see ``functional.rnn_forward``.
         bias: False leaves every b_h out.
         dtype: float32 or float64.
         init: "uniform" or "normal", see ``draw_weights``.
@@ -74,7 +75,7 @@ class RNN:
         hidden_size: int,
         num_layers: int = 1,
         *,
-        activation: str = "tanh",
+        activation: str | Activation = "tanh",
         bias: bool = True,
         dtype: DTypeLike = np.float32,
         init: Initialisation = "uniform",
@@ -83,7 +84,7 @@ class RNN:
         self.input_size = validate.positive("input_size", input_size)
         self.hidden_size = validate.positive("hidden_size", hidden_size)
         self.num_layers = validate.positive("num_layers", num_layers)
-        self.activation = validate.activation(activation).name
+        self.activation = validate.activation_or_name(activation)
         self.dtype = validate.dtype("dtype", dtype)
         self.bias = bias
         rng = validate.generator("seed", seed)

@@ -63,7 +63,10 @@ def train(
     batch_size: Annotated[int | None, _option("batch_size", "Sequences n of a batch.")] = None,
     epochs: Annotated[int | None, _option("epochs", "Passes over the training text.")] = None,
     activation: Annotated[
-        str | None, _option("activation", "tanh, relu, sigmoid, softplus or identity.")
+        str | None,
+        _option(
+            "activation", "tanh, relu, sigmoid, softplus, identity, fast_tanh or fast_sigmoid."
+        ),
     ] = None,
     embedding_size: Annotated[
         int | None,

@@ -114,7 +114,7 @@ class TrainingConfig:
         """Refuse what no run could use; keep the rest as plain Python values."""
         checked: dict[str, Any] = {
             "corpus": _path("corpus", self.corpus),
-            "activation": validate.activation(self.activation).name,
+            "activation": validate.activation_name(self.activation),
             "dtype": validate.dtype("dtype", self.dtype).name,
         }
         for name, choices in _CHOICES.items():

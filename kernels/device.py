@@ -1,0 +1,39 @@
+"""Small helpers for writing device functions."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from numba import cuda
+
+__all__ = ["device", "in_order"]
+
+DeviceFunction = Any
+
+
+def device(function: Callable[..., Any]) -> DeviceFunction:
+    """Make a device function that is always inlined into its caller.
+
+    Only then do its constants reach the loops around it, and arrays of the caller that it is given
+    can stay in registers.
+    """
+    return cuda.jit(device=True, forceinline=True)(function)
+
+
+def in_order(parts: Sequence[DeviceFunction]) -> DeviceFunction:
+    """Return a device function of five arguments that calls ``parts`` one after another.
+
+    The compiler unrolls a loop completely only up to a few hundred operations; beyond that a local
+    array it indexes moves to memory. A long computation over registers is therefore written as
+    several short ones, each with its own constants, and put together here.
+    """
+    first, rest = parts[0], parts[1:]
+    if not rest:
+        return first
+    then = in_order(rest)
+
+    @device
+    def run(a, b, c, d, e):
+        first(a, b, c, d, e)
+        then(a, b, c, d, e)
+
+    return run
