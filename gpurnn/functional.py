@@ -8,6 +8,14 @@ expected. T = 0 and n = 0 give empty results and zero gradients.
 NaN and infinity are refused where they spoil a result: what comes out is looked at, and only if it
 is not finite are the arguments searched, and the first that holds such a value is named. A result
 that overflowed from finite arguments is returned as it is.
+
+Where the arrays lie decides what runs: NumPy arrays go to ``gpurnn.reference``. The functions of
+the layers (``rnn_forward`` to ``linear_backward``) also take arrays on a CUDA GPU, of CuPy or any
+library that hands them out by DLPack or ``__cuda_array_interface__``, all on one device; they run
+``gpurnn.kernels`` there, on CuPy's current stream, without waiting for the result, and return CuPy
+arrays. Within ``gpurnn.emulated()`` they run the same kernels on NumPy arrays. Kernels also take
+float16 and bfloat16, multiplied and summed as float32; nobody looks for NaN in their results, which
+would mean to wait. Nothing is copied between host and device, and nothing falls back in silence.
 """
 
 from dataclasses import dataclass
@@ -17,7 +25,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpurnn import reference, validate
-from gpurnn.activations import ReferenceActivation
+from gpurnn.activation import Activation, AnyActivation
+from gpurnn.cuda import arrays, operations
+from gpurnn.cuda.engines import Engine, GPUEngine, current_emulation
+from gpurnn.planning import KERNELS, Plan
 
 __all__ = [
     "HiddenResiduals",
@@ -53,10 +64,13 @@ class RNNResiduals:
 
     X: Floats | Ids
     states: Floats  # (T + 1, n, h): h_0, then H
+    Z: Floats | None  # (T, n, h), what φ was applied to, where φ′ is a function of that
     W_xh: Floats
     W_hh: Floats
     has_bias: bool
-    activation: ReferenceActivation
+    activation: AnyActivation
+    engine: Engine | None = None  # what ran the kernels, if any did
+    plan: Plan | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,9 +79,38 @@ class HiddenResiduals:
 
     X: Floats
     H: Floats
+    Z: Floats | None
     W_xh: Floats
     has_bias: bool
-    activation: ReferenceActivation
+    activation: AnyActivation
+    engine: Engine | None = None
+
+
+def _placed(arguments: dict[str, object]) -> tuple[Engine | None, list[Any], validate.Place]:
+    """Return what runs kernels on these arrays (None: NumPy), the arrays, and where they must lie."""
+    values = list(arguments.values())
+    if any(map(arrays.on_gpu, values)):
+        gpu, taken = arrays.taken(arguments)
+        return gpu, list(taken.values()), validate.kernels_place(gpu.xp)
+    engine = current_emulation()
+    return engine, values, validate.kernels_place(engine.xp) if engine else validate.HOST
+
+
+def _beside(
+    engine: Engine | None, arguments: dict[str, object]
+) -> tuple[list[Any], validate.Place]:
+    """Return the arrays of a backward pass, and where they must lie, as in the forward pass."""
+    if engine is None:
+        return list(arguments.values()), validate.HOST
+    if isinstance(engine, GPUEngine):
+        gpu, taken = arrays.taken(arguments)
+        if gpu != engine:
+            raise ValueError(
+                f"{next(iter(arguments))} is on CUDA device {gpu.index} but the forward pass ran "
+                f"on {engine.index}: expected all arrays on one device"
+            )
+        return list(taken.values()), validate.kernels_place(engine.xp)
+    return list(arguments.values()), validate.kernels_place(engine.xp)
 
 
 def rnn_forward(
@@ -77,7 +120,8 @@ def rnn_forward(
     W_hh: Floats,
     b_h: Floats | None,
     *,
-    activation: str = "tanh",
+    activation: str | Activation = "tanh",
+    kernel: str | None = None,
 ) -> tuple[Floats, RNNResiduals]:
     """Run H_t = φ(X_t W_xh + H_{t-1} W_hh + b_h) over a sequence (*Dive into Deep Learning* 9.4.5).
 
@@ -86,29 +130,60 @@ def rnn_forward(
             row of its id.
         h_0: (n, h) state before the first step; None is zeros.
         W_xh: (d, h). W_hh: (h, h). b_h: (h,), or None for no bias.
-        activation: "tanh", "relu", "sigmoid", "softplus" or "identity".
+        activation: "tanh", "relu", "sigmoid", "softplus", "identity"; "fast_tanh", "fast_sigmoid"
+            (a GPU may approximate, to a relative 2⁻¹¹; NumPy does not); or a ``gpurnn.Activation``.
+        kernel: for arrays on a GPU, or under the emulator: "resident" (the whole sequence in one
+            launch), "step" (a launch a step), "concatenated" (a launch a step, the input's product
+            in it; X must be floats); None leaves it to ``gpurnn.plan``.
 
     Returns:
         H (T, n, h), whose last step is the final state, and the residuals for ``rnn_backward``.
 
     Raises:
-        TypeError: an argument is no NumPy array, or of another dtype.
+        TypeError: an argument is no array, or of another dtype or in another memory than the rest.
         ValueError: a shape does not fit, an id is out of range, the activation is unknown, or an
             argument holds a NaN. (Each NaN that is computed with reaches the final state, so that
-            one look at h_T finds it. A row of W_xh that no id picks is not computed with.)
+            one look at h_T finds it. A row of W_xh that no id picks is not computed with.) Or a
+            kernel is named that there is not, that has no GPU to run on, or that cannot hold h.
     """
-    arguments = validate.rnn_forward(X, h_0, W_xh, W_hh, b_h, activation)
+    if kernel is not None:
+        validate.choice("kernel", kernel, KERNELS)
+    engine, (X, h_0, W_xh, W_hh, b_h), place = _placed(
+        {"X": X, "h_0": h_0, "W_xh": W_xh, "W_hh": W_hh, "b_h": b_h}
+    )
+    arguments = validate.rnn_forward(X, h_0, W_xh, W_hh, b_h, activation, place)
+    if engine is not None:
+        return _rnn_forward_by_kernels(engine, kernel, arguments)
+    if kernel is not None:
+        raise ValueError(
+            f"kernel is {kernel!r} but X is a numpy.ndarray: kernels take arrays on a GPU, or "
+            "NumPy's within gpurnn.emulated()"
+        )
     with _quiet():
-        states = reference.rnn_forward(*arguments)
+        states, Z = reference.rnn_forward(*arguments)
     if not np.isfinite(states[-1]).all():
         validate.refuse_non_finite(arguments._asdict())
     residuals = RNNResiduals(
         arguments.X,
         states,
+        Z,
         arguments.W_xh,
         arguments.W_hh,
         arguments.b_h is not None,
         arguments.activation,
+    )
+    return states[1:], residuals
+
+
+def _rnn_forward_by_kernels(
+    engine: Engine, kernel: str | None, arguments: validate.RNNArguments
+) -> tuple[Floats, RNNResiduals]:
+    X, h_0, W_xh, W_hh, b_h, phi = arguments
+    if kernel == "concatenated" and X.ndim == 2:
+        raise ValueError("kernel is 'concatenated' but X holds ids: expected (T, n, d) floats")
+    states, Z, plan = operations.rnn_forward(engine, kernel, X, h_0, W_xh, W_hh, b_h, phi)
+    residuals = RNNResiduals(
+        X, states, Z, W_xh, W_hh, b_h is not None, phi, engine=engine, plan=plan
     )
     return states[1:], residuals
 
@@ -135,10 +210,16 @@ def rnn_backward(
             NaN.
     """
     r = residuals
-    dH_, xi_ = validate.rnn_backward(dH, r.states[1:], xi)
+    (dH, xi), place = _beside(r.engine, {"dH": dH, "xi": xi})
+    dH_, xi_ = validate.rnn_backward(dH, r.states[1:], xi, place)
+    if r.engine is not None and r.plan is not None:
+        dX, dh_0, dW_xh, dW_hh, db_h = operations.rnn_backward(
+            r.engine, r.plan, dH_, r.X, r.states, r.Z, r.W_xh, r.W_hh, r.activation, xi_
+        )
+        return dX, dh_0, dW_xh, dW_hh, db_h if r.has_bias else None
     with _quiet():
         dX, dh_0, dW_xh, dW_hh, db_h = reference.rnn_backward(
-            dH_, r.X, r.states, r.W_xh, r.W_hh, r.activation, xi_
+            dH_, r.X, r.states, r.Z, r.W_xh, r.W_hh, r.activation, xi_
         )
     if not (np.isfinite(db_h).all() and np.isfinite(dh_0).all()):
         validate.refuse_non_finite({"dH": dH_, "xi": xi_})
@@ -146,18 +227,22 @@ def rnn_backward(
 
 
 def hidden_layer(
-    X: Floats, W_xh: Floats, b_h: Floats | None, *, activation: str = "tanh"
+    X: Floats, W_xh: Floats, b_h: Floats | None, *, activation: str | Activation = "tanh"
 ) -> tuple[Floats, HiddenResiduals]:
     """H = φ(X W_xh + b_h) (9.4.3): X (…, d), W_xh (d, h), b_h (h,) or None → H (…, h), residuals.
 
     A hidden *layer*: unlike ``rnn_forward`` it has no hidden *state*.
     """
-    X_, W_xh_, b_h_, phi = validate.hidden_layer(X, W_xh, b_h, activation)
+    engine, (X, W_xh, b_h), place = _placed({"X": X, "W_xh": W_xh, "b_h": b_h})
+    X_, W_xh_, b_h_, phi = validate.hidden_layer(X, W_xh, b_h, activation, place)
+    if engine is not None:
+        H, Z = operations.hidden_layer(engine, X_, W_xh_, b_h_, phi)
+        return H, HiddenResiduals(X_, H, Z, W_xh_, b_h_ is not None, phi, engine)
     with _quiet():
-        H = reference.hidden_layer(X_, W_xh_, b_h_, phi)
+        H, Z = reference.hidden_layer(X_, W_xh_, b_h_, phi)
     if not np.isfinite(H).all():
         validate.refuse_non_finite({"X": X_, "W_xh": W_xh_, "b_h": b_h_})
-    return H, HiddenResiduals(X_, H, W_xh_, b_h_ is not None, phi)
+    return H, HiddenResiduals(X_, H, Z, W_xh_, b_h_ is not None, phi)
 
 
 def hidden_layer_backward(
@@ -165,9 +250,15 @@ def hidden_layer_backward(
 ) -> tuple[Floats, Floats, Floats | None]:
     """Return dX, dW_xh, db_h (None without bias) of ``hidden_layer``; dH has H's shape."""
     r = residuals
-    dH_ = validate.like("dH", dH, "H", r.H)
+    (dH,), place = _beside(r.engine, {"dH": dH})
+    dH_ = validate.like("dH", dH, "H", r.H, place)
+    if r.engine is not None:
+        dX, dW_xh, db_h = operations.hidden_layer_backward(
+            r.engine, dH_, r.X, r.H, r.Z, r.W_xh, r.activation
+        )
+        return dX, dW_xh, db_h if r.has_bias else None
     with _quiet():
-        dX, dW_xh, db_h = reference.hidden_layer_backward(dH_, r.X, r.H, r.W_xh, r.activation)
+        dX, dW_xh, db_h = reference.hidden_layer_backward(dH_, r.X, r.H, r.Z, r.W_xh, r.activation)
     if not np.isfinite(db_h).all():
         validate.refuse_non_finite({"dH": dH_})
     return dX, dW_xh, db_h if r.has_bias else None
@@ -178,7 +269,11 @@ def linear(H: Floats, W_hq: Floats, b_q: Floats | None = None) -> Floats:
 
     For H (T, n, h) it is one product for each step, so that a step's O has the same bits alone.
     """
-    H_, W_hq_, b_q_ = validate.linear(H, W_hq, b_q)
+    engine, (H, W_hq, b_q), place = _placed({"H": H, "W_hq": W_hq, "b_q": b_q})
+    H_, W_hq_, b_q_ = validate.linear(H, W_hq, b_q, place)
+    if engine is not None:
+        result: Floats = operations.linear(engine, H_, W_hq_, b_q_)
+        return result
     with _quiet():
         O = reference.linear(H_, W_hq_, b_q_)
     if not np.isfinite(O).all():
@@ -188,7 +283,10 @@ def linear(H: Floats, W_hq: Floats, b_q: Floats | None = None) -> Floats:
 
 def linear_backward(dO: Floats, H: Floats, W_hq: Floats) -> tuple[Floats, Floats, Floats]:
     """Return dH (…, h), dW_hq (h, q), db_q (q,) of ``linear``; dO is (…, q)."""
-    dO_, H_, W_hq_ = validate.linear_backward(dO, H, W_hq)
+    engine, (dO, H, W_hq), place = _placed({"dO": dO, "H": H, "W_hq": W_hq})
+    dO_, H_, W_hq_ = validate.linear_backward(dO, H, W_hq, place)
+    if engine is not None:
+        return operations.linear_backward(engine, dO_, H_, W_hq_)
     with _quiet():
         dH, dW_hq, db_q = reference.linear_backward(dO_, H_, W_hq_)
     if not all(np.isfinite(a).all() for a in (dH, dW_hq, db_q)):

@@ -7,17 +7,24 @@ ValueError: a rank, size, id or value that does not fit.
 
 import math
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gpurnn.activations import ACTIVATIONS, ReferenceActivation
+from gpurnn.activation import Activation, AnyActivation
+from gpurnn.activations import ACTIVATIONS, FAST_ACTIVATIONS
+from gpurnn.planning import DTYPES, dtype_name
 
 __all__ = [
+    "HOST",
     "NonFiniteError",
+    "Place",
     "RNNArguments",
     "activation",
+    "activation_name",
+    "activation_or_name",
     "array",
     "at_least",
     "axes",
@@ -28,6 +35,7 @@ __all__ = [
     "embedding_backward",
     "generator",
     "hidden_layer",
+    "kernels_place",
     "like",
     "linear",
     "linear_backward",
@@ -47,6 +55,28 @@ Ids = NDArray[Any]
 FLOAT_DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where arrays have to lie, ``xp`` being the library that makes them, and of which dtypes."""
+
+    xp: Any
+    dtypes: tuple[str, ...]
+
+    @property
+    def expected(self) -> str:
+        """The dtypes in words."""
+        return f"{', '.join(self.dtypes[:-1])} or {self.dtypes[-1]}"
+
+
+HOST = Place(np, ("float32", "float64"))
+"""NumPy and its own two dtypes: the reference."""
+
+
+def kernels_place(xp: Any) -> Place:
+    """Return the place whose arrays kernels take: CuPy's, or NumPy's under the emulator."""
+    return Place(xp, DTYPES)
+
+
 class NonFiniteError(ValueError):
     """An array holds a NaN or an infinity; the message names it and where."""
 
@@ -59,63 +89,78 @@ class RNNArguments(NamedTuple):
     W_xh: Floats
     W_hh: Floats
     b_h: Floats | None
-    activation: ReferenceActivation
+    activation: AnyActivation
 
 
 def rnn_forward(
-    X: object, h_0: object, W_xh: object, W_hh: object, b_h: object, activation_name: object
+    X: object,
+    h_0: object,
+    W_xh: object,
+    W_hh: object,
+    b_h: object,
+    phi: object,
+    place: Place = HOST,
 ) -> RNNArguments:
     """Check the arguments of ``functional.rnn_forward``."""
-    phi = activation(activation_name)
-    W_hh_ = _floats("W_hh", W_hh, "(h, h)", 2)
+    activation_ = activation(phi)
+    W_hh_ = _floats("W_hh", W_hh, "(h, h)", 2, place=place)
     h = W_hh_.shape[0]
     _shape("W_hh", W_hh_, "(h, h)", (h, h))
-    W_xh_ = _floats("W_xh", W_xh, "(d, h)", 2, W_hh_.dtype, "W_hh")
+    _supported(activation_, W_hh_, "W_hh", place)
+    W_xh_ = _floats("W_xh", W_xh, "(d, h)", 2, W_hh_.dtype, "W_hh", place)
     d = W_xh_.shape[0]
     _shape("W_xh", W_xh_, "(d, h)", (d, h))
-    b_h_ = _optional_bias("b_h", b_h, "(h,)", h, W_hh_.dtype, "W_hh")
-    X_ = array("X", X)
+    b_h_ = _optional_bias("b_h", b_h, "(h,)", h, W_hh_.dtype, "W_hh", place)
+    X_ = array("X", X, place)
     if X_.dtype.kind in "iu":
         _rank("X", X_, "(T, n) ids or (T, n, d) floats", 2)
-        X_ = token_ids("X", X_, d, "W_xh")
+        X_ = token_ids("X", X_, d, "W_xh", place=place)
     else:
-        X_ = _floats("X", X_, "(T, n, d) floats or (T, n) ids", 3, W_hh_.dtype, "W_hh")
+        X_ = _floats("X", X_, "(T, n, d) floats or (T, n) ids", 3, W_hh_.dtype, "W_hh", place)
         _shape("X", X_, "(T, n, d)", (*X_.shape[:2], d))
     n = X_.shape[1]
     h_0_ = None
     if h_0 is not None:
-        h_0_ = _floats("h_0", h_0, "(n, h)", 2, W_hh_.dtype, "W_hh")
+        h_0_ = _floats("h_0", h_0, "(n, h)", 2, W_hh_.dtype, "W_hh", place)
         _shape("h_0", h_0_, "(n, h)", (n, h))
-    return RNNArguments(X_, h_0_, W_xh_, W_hh_, b_h_, phi)
+    return RNNArguments(X_, h_0_, W_xh_, W_hh_, b_h_, activation_)
 
 
-def rnn_backward(dH: object, H: Floats, xi: object) -> tuple[Floats, Floats | None]:
+def rnn_backward(
+    dH: object, H: Floats, xi: object, place: Place = HOST
+) -> tuple[Floats, Floats | None]:
     """Check the arguments of ``functional.rnn_backward`` against the forward pass's H."""
-    dH_ = like("dH", dH, "H", H)
+    dH_ = like("dH", dH, "H", H, place)
     if xi is None:
         return dH_, None
-    xi_ = _floats("xi", xi, "(T,)", 1, H.dtype, "H")
+    xi_ = _floats("xi", xi, "(T,)", 1, H.dtype, "H", place)
     _shape("xi", xi_, "(T,)", H.shape[:1])
     return dH_, xi_
 
 
-def linear(H: object, W_hq: object, b_q: object) -> tuple[Floats, Floats, Floats | None]:
+def linear(
+    H: object, W_hq: object, b_q: object, place: Place = HOST
+) -> tuple[Floats, Floats, Floats | None]:
     """Check the arguments of ``functional.linear``."""
-    return _dense(H, W_hq, b_q, ("H", "W_hq", "b_q"), ("h", "q"))
+    return _dense(H, W_hq, b_q, ("H", "W_hq", "b_q"), ("h", "q"), place)
 
 
 def hidden_layer(
-    X: object, W_xh: object, b_h: object, activation_name: object
-) -> tuple[Floats, Floats, Floats | None, ReferenceActivation]:
+    X: object, W_xh: object, b_h: object, phi: object, place: Place = HOST
+) -> tuple[Floats, Floats, Floats | None, AnyActivation]:
     """Check the arguments of ``functional.hidden_layer``."""
-    phi = activation(activation_name)
-    return *_dense(X, W_xh, b_h, ("X", "W_xh", "b_h"), ("d", "h")), phi
+    activation_ = activation(phi)
+    X_, W_xh_, b_h_ = _dense(X, W_xh, b_h, ("X", "W_xh", "b_h"), ("d", "h"), place)
+    _supported(activation_, W_xh_, "W_xh", place)
+    return X_, W_xh_, b_h_, activation_
 
 
-def linear_backward(dO: object, H: object, W_hq: object) -> tuple[Floats, Floats, Floats]:
+def linear_backward(
+    dO: object, H: object, W_hq: object, place: Place = HOST
+) -> tuple[Floats, Floats, Floats]:
     """Check the arguments of ``functional.linear_backward``."""
-    H_, W_hq_, _ = linear(H, W_hq, None)
-    dO_ = _floats("dO", dO, "(…, q)", None, W_hq_.dtype, "W_hq")
+    H_, W_hq_, _ = linear(H, W_hq, None, place)
+    dO_ = _floats("dO", dO, "(…, q)", None, W_hq_.dtype, "W_hq", place)
     _shape("dO", dO_, "(…, q)", (*H_.shape[:-1], W_hq_.shape[1]))
     return dO_, H_, W_hq_
 
@@ -153,14 +198,28 @@ def negative_log_likelihood(O: object, targets: object) -> tuple[Floats, Ids]:
     return O_.reshape(targets_.size, q), targets_.reshape(-1)
 
 
-def activation(name: object) -> ReferenceActivation:
-    """Return the pair named ``name``."""
-    return ACTIVATIONS[choice("activation", name, ACTIVATIONS)]
+def activation(value: object) -> AnyActivation:
+    """Return the pair named ``value``, or ``value`` if it is an ``Activation``."""
+    if isinstance(value, Activation):
+        return value
+    named = {**ACTIVATIONS, **FAST_ACTIVATIONS}
+    return named[choice("activation", value, named, " or a gpurnn.Activation")]
 
 
-def choice(name: str, value: object, choices: Collection[str]) -> str:
-    """Return ``value`` if it is one of the strings ``choices``."""
-    wanted = f"expected one of {', '.join(choices)}"
+def activation_or_name(value: object) -> str | Activation:
+    """Return ``value`` if it stands for an activation: one's name, or an ``Activation``."""
+    found = activation(value)
+    return found if isinstance(found, Activation) else found.name
+
+
+def activation_name(value: object) -> str:
+    """Return ``value`` if it is the name of an activation."""
+    return choice("activation", value, (*ACTIVATIONS, *FAST_ACTIVATIONS))
+
+
+def choice(name: str, value: object, choices: Collection[str], else_: str = "") -> str:
+    """Return ``value`` if it is one of the strings ``choices``; ``else_`` ends what is expected."""
+    wanted = f"expected one of {', '.join(choices)}{else_}"
     if not isinstance(value, str):
         raise TypeError(f"{name} is {value!r}: {wanted}")
     if value not in choices:
@@ -224,26 +283,32 @@ def axes(name: str, a: object, spelled: str, expected: tuple[int | None, ...]) -
         raise ValueError(f"{name} has shape {shape}: expected {spelled} = ({sizes})")
 
 
-def like(name: str, a: object, other_name: str, other: Floats) -> Floats:
+def like(name: str, a: object, other_name: str, other: Floats, place: Place = HOST) -> Floats:
     """Return ``a`` as an array of ``other``'s shape and dtype."""
-    a_ = _floats(name, a, f"{other_name}'s shape", None, other.dtype, other_name)
+    a_ = _floats(name, a, f"{other_name}'s shape", None, other.dtype, other_name, place)
     _shape(name, a_, f"{other_name}'s shape", other.shape)
     return a_
 
 
-def token_ids(name: str, a: object, size: int, owner: str, axis: str = "rows") -> Ids:
-    """Return ids in [0, size) as a C-contiguous array of the platform's index type."""
-    ids = _integers(name, a)
+def token_ids(
+    name: str, a: object, size: int, owner: str, axis: str = "rows", place: Place = HOST
+) -> Ids:
+    """Return ids in [0, size) as a C-contiguous array of the platform's index type.
+
+    For ids on a GPU this waits for it, to know their range.
+    """
+    ids = _integers(name, a, place)
     if ids.size:
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= size:
             bad = low if low < 0 else high
-            where = tuple(int(i) for i in np.argwhere(ids == bad)[0])
+            where = tuple(int(i) for i in place.xp.argwhere(ids == bad)[0])
             raise ValueError(
                 f"{name} holds the id {bad} at index {where}: {owner} has {size} {axis}, "
                 f"so ids must lie in [0, {size})"
             )
-    return np.asarray(ids, dtype=np.intp, order="C")  # ascontiguousarray would lift 0 axes to 1
+    indices: Ids = place.xp.asarray(ids, dtype=np.intp, order="C")
+    return indices  # ascontiguousarray would lift 0 axes to 1
 
 
 def text_ids(name: str, a: object) -> Ids:
@@ -268,42 +333,58 @@ def refuse_non_finite(arguments: Mapping[str, object]) -> None:
 
 
 def _dense(
-    H: object, W: object, b: object, names: tuple[str, str, str], sizes: tuple[str, str]
+    H: object,
+    W: object,
+    b: object,
+    names: tuple[str, str, str],
+    sizes: tuple[str, str],
+    place: Place,
 ) -> tuple[Floats, Floats, Floats | None]:
-    W_ = _floats(names[1], W, f"({', '.join(sizes)})", 2)
+    W_ = _floats(names[1], W, f"({', '.join(sizes)})", 2, place=place)
     rows = f"(…, {sizes[0]})"
-    H_ = _floats(names[0], H, rows, None, W_.dtype, names[1])
+    H_ = _floats(names[0], H, rows, None, W_.dtype, names[1], place)
     _shape(names[0], H_, rows, (*H_.shape[:-1], W_.shape[0]))
-    return H_, W_, _optional_bias(names[2], b, f"({sizes[1]},)", W_.shape[1], W_.dtype, names[1])
+    b_ = _optional_bias(names[2], b, f"({sizes[1]},)", W_.shape[1], W_.dtype, names[1], place)
+    return H_, W_, b_
+
+
+def _supported(phi: AnyActivation, W: Floats, name: str, place: Place) -> None:
+    """Refuse a fast activation in float64: kernels have none."""
+    phi_name = "" if isinstance(phi, Activation) else phi.name
+    if place is not HOST and phi_name in FAST_ACTIVATIONS and W.dtype == np.float64:
+        raise ValueError(
+            f"activation is {phi_name!r} and {name} has dtype float64: kernels have it for float32, "
+            f"float16 and bfloat16; expected one of these, or {phi_name.removeprefix('fast_')!r}"
+        )
 
 
 def _optional_bias(
-    name: str, b: object, spelled: str, size: int, dtype: np.dtype[Any], owner: str
+    name: str, b: object, spelled: str, size: int, dtype: np.dtype[Any], owner: str, place: Place
 ) -> Floats | None:
     if b is None:
         return None
-    b_ = _floats(name, b, spelled, 1, dtype, owner)
+    b_ = _floats(name, b, spelled, 1, dtype, owner, place)
     _shape(name, b_, spelled, (size,))
     return b_
 
 
-def array(name: str, a: object) -> NDArray[Any]:
-    """Return ``a`` if it is a NumPy array, in the memory of this machine and without a mask."""
+def array(name: str, a: object, place: Place = HOST) -> NDArray[Any]:
+    """Return ``a`` if it is an array that lies in ``place``, and has no mask."""
     if isinstance(a, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array, whose mask would be lost: pass .filled(…)")
-    if isinstance(a, np.ndarray):
-        return np.asarray(a)
+    if isinstance(a, place.xp.ndarray):
+        found: NDArray[Any] = place.xp.asarray(a)
+        return found
     kind = f"{type(a).__module__}.{type(a).__qualname__}"
     if hasattr(a, "__cuda_array_interface__"):
         raise TypeError(
-            f"{name} is a {kind} on a GPU: this version computes on NumPy arrays only; "
-            "copy it to the host first"
+            f"{name} is a {kind} on a GPU: expected a numpy.ndarray here; copy it to the host first"
         )
     raise TypeError(f"{name} is a {kind}: expected a numpy.ndarray")
 
 
-def _integers(name: str, a: object) -> Ids:
-    ids = array(name, a)
+def _integers(name: str, a: object, place: Place = HOST) -> Ids:
+    ids = array(name, a, place)
     if ids.dtype.kind not in "iu":
         raise TypeError(f"{name} has dtype {ids.dtype}: expected integer token ids")
     return ids
@@ -316,17 +397,19 @@ def _floats(
     ndim: int | None,
     dtype: np.dtype[Any] | None = None,
     owner: str = "",
+    place: Place = HOST,
 ) -> Floats:
     """Return ``a`` as a C-contiguous array of ``dtype`` with ``ndim`` axes (None: at least one)."""
-    found = array(name, a)
-    if found.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{name} has dtype {found.dtype}: expected float32 or float64")
+    found = array(name, a, place)
+    if dtype_name(found.dtype) not in place.dtypes or not found.dtype.isnative:
+        raise TypeError(f"{name} has dtype {found.dtype}: expected {place.expected}")
     if dtype is not None and found.dtype != dtype:
         raise TypeError(
             f"{name} has dtype {found.dtype} but {owner} has {dtype}: expected one dtype for all"
         )
     _rank(name, found, spelled, ndim)
-    return np.ascontiguousarray(found)
+    contiguous: Floats = place.xp.ascontiguousarray(found)
+    return contiguous
 
 
 def _rank(name: str, a: NDArray[Any], spelled: str, ndim: int | None) -> None:

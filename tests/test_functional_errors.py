@@ -76,10 +76,16 @@ class FakeGPUArray:
 
 
 GPU_KIND = f"{FakeGPUArray.__module__}.{FakeGPUArray.__qualname__}"
-ON_A_GPU = (
-    f"is a {GPU_KIND} on a GPU: this version computes on NumPy arrays only; "
-    "copy it to the host first"
-)
+ON_A_GPU = f"is a {GPU_KIND} on a GPU: expected a numpy.ndarray here; copy it to the host first"
+
+
+def on_a_gpu_but(other: str) -> str:
+    return (
+        f"is a {GPU_KIND} on a GPU but {other} is a numpy.ndarray: expected all arrays on one GPU, "
+        "or each a numpy.ndarray"
+    )
+
+
 MASKED = "is a masked array, whose mask would be lost: pass .filled(…)"
 
 SWAPPED = np.dtype(np.float64).newbyteorder("S")
@@ -187,9 +193,8 @@ def test_mixed_dtypes(name: str) -> None:
         (memoryview, "is a builtins.memoryview: expected a numpy.ndarray"),
         (np.ma.masked_array, MASKED),
         (lambda a: np.ma.masked_less(a, 0), MASKED),
-        (lambda a: FakeGPUArray(), ON_A_GPU),
     ],
-    ids=["list", "tuple", "number", "scalar", "memoryview", "unmasked", "masked", "gpu"],
+    ids=["list", "tuple", "number", "scalar", "memoryview", "unmasked", "masked"],
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_anything_but_a_plain_array(
@@ -200,15 +205,27 @@ def test_anything_but_a_plain_array(
     assert_refuses(TypeError, f"{name} {message}", F.rnn_forward, *spoilt)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_one_array_on_a_gpu(name: str) -> None:
+    spoilt = rnn_arguments(**{name: FakeGPUArray()})
+    other = "h_0" if name == "X" else "X"
+    assert_refuses(TypeError, f"{name} {on_a_gpu_but(other)}", F.rnn_forward, *spoilt)
+
+
 @pytest.mark.parametrize("name", ["X", "W_xh", "W_hh"])
 def test_none_where_nothing_may_be_missing(name: str) -> None:
     message = f"{name} is a builtins.NoneType: expected a numpy.ndarray"
     assert_refuses(TypeError, message, F.rnn_forward, *rnn_arguments(**{name: None}))
 
 
+ACTIVATION_NAMES = (
+    "tanh, relu, sigmoid, softplus, identity, fast_tanh, fast_sigmoid or a gpurnn.Activation"
+)
+
+
 @pytest.mark.parametrize("name", ["", "Tanh", "gelu", "tanh "])
 def test_unknown_activations(name: str) -> None:
-    message = f"activation is {name!r}: expected one of tanh, relu, sigmoid, softplus, identity"
+    message = f"activation is {name!r}: expected one of {ACTIVATION_NAMES}"
     assert_refuses(ValueError, message, F.rnn_forward, *rnn_arguments(), activation=name)
     X, _, W_xh, _, b_h = rnn_arguments()
     assert_refuses(ValueError, message, F.hidden_layer, X, W_xh, b_h, activation=name)
@@ -216,7 +233,7 @@ def test_unknown_activations(name: str) -> None:
 
 @pytest.mark.parametrize("name", [None, 0, ["tanh"], b"tanh"], ids=repr)
 def test_activations_that_are_no_string(name: object) -> None:
-    message = f"activation is {name!r}: expected one of tanh, relu, sigmoid, softplus, identity"
+    message = f"activation is {name!r}: expected one of {ACTIVATION_NAMES}"
     assert_refuses(TypeError, message, F.rnn_forward, *rnn_arguments(), activation=name)
     X, _, W_xh, _, b_h = rnn_arguments()
     assert_refuses(TypeError, message, F.hidden_layer, X, W_xh, b_h, activation=name)
@@ -302,7 +319,7 @@ def test_ids_that_are_no_array(taker: str) -> None:
     for spoilt, message in (
         (ids.tolist(), "is a builtins.list: expected a numpy.ndarray"),
         (np.ma.masked_equal(ids, 3), MASKED),
-        (FakeGPUArray(), ON_A_GPU),
+        (FakeGPUArray(), on_a_gpu_but("h_0") if taker == "rnn_forward" else ON_A_GPU),
     ):
         assert_refuses(TypeError, f"{name} {message}", function, *arguments(spoilt))
 
@@ -526,7 +543,7 @@ def test_xi_that_does_not_fit(xi: object, error: type[Exception], message: str) 
         ),
         (2, numbers(5), ValueError, "{2} has shape (5,): expected ({4},) = (6,)"),
         (2, numbers(1, 6), ValueError, "{2} has shape (1, 6), 2 axes: expected ({4},), 1 axes"),
-        (2, FakeGPUArray(), TypeError, f"{{2}} {ON_A_GPU}"),
+        (2, FakeGPUArray(), TypeError, f"{{2}} {on_a_gpu_but('{0}')}"),
     ],
     ids=[
         "rows-rank",

@@ -1,0 +1,146 @@
+"""Kernels from Python to machine code, with or without a GPU at hand.
+
+Numba makes PTX of a Python function, nvJitLink makes a cubin of the PTX; neither needs a device. A
+kernel's arguments are arrays in C order and 64-bit integers. In machine code an array is a row of
+64-bit numbers, as Numba lays it out: ``packed`` makes them.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["ArraySpec", "Compiled", "compile_kernel", "packed", "ptx_of", "toolchain"]
+
+ENTRY = re.compile(r"\.visible\s+\.entry\s+(\w+)\s*\(")
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """An array argument: element type by Numba's name ("float32", "uint16", …), number of axes."""
+
+    dtype: str
+    ndim: int
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel as PTX and as machine code for one architecture."""
+
+    name: str
+    compute_capability: tuple[int, int]
+    ptx: str
+    cubin: bytes
+
+
+def toolchain() -> str:
+    """Return the versions that machine code depends on, in one line."""
+    import importlib.metadata
+
+    names = ("numba", "numba-cuda", "nvidia-nvvm", "nvidia-nvjitlink", "cuda-core")
+    found = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
+    return " ".join(f"{name}={found.get(name, 'none')}" for name in names)
+
+
+def ptx_of(
+    function: Callable[..., None],
+    arguments: tuple[ArraySpec | None, ...],
+    compute_capability: tuple[int, int],
+    threads: int,
+) -> tuple[str, str]:
+    """Compile a kernel's Python function to PTX.
+
+    Args:
+        function: what a factory of ``gpurnn.kernels`` returns.
+        arguments: an ``ArraySpec`` for each array, None for each integer.
+        compute_capability: such as (9, 0).
+        threads: of a block, at most; the fewer, the more registers each may have.
+
+    Returns:
+        The name of the entry point, and the PTX.
+    """
+    from numba import cuda
+    from numba.cuda import types
+
+    signature = types.void(
+        *(
+            types.int64 if a is None else types.Array(getattr(types, a.dtype), a.ndim, "C")
+            for a in arguments
+        )
+    )
+    with _compiling_for(compute_capability):
+        ptx, _ = cuda.compile(
+            function,
+            signature,
+            cc=compute_capability,
+            device=False,
+            abi="numba",
+            output="ptx",
+            launch_bounds=(threads, 1),
+        )
+    mangled = ENTRY.findall(ptx)
+    if len(mangled) != 1:
+        raise RuntimeError(f"{function.__name__}: {len(mangled)} entry points in its PTX, not one")
+    return function.__name__, ptx.replace(mangled[0], function.__name__)
+
+
+def compile_kernel(
+    function: Callable[..., None],
+    arguments: tuple[ArraySpec | None, ...],
+    compute_capability: tuple[int, int],
+    threads: int,
+) -> Compiled:
+    """Compile a kernel's Python function to machine code; the arguments are those of ``ptx_of``."""
+    from cuda.core import Linker, LinkerOptions, ObjectCode
+
+    name, ptx = ptx_of(function, arguments, compute_capability, threads)
+    major, minor = compute_capability
+    linker = Linker(
+        ObjectCode.from_ptx(ptx.encode()), options=LinkerOptions(arch=f"sm_{major}{minor}")
+    )
+    return Compiled(name, compute_capability, ptx, bytes(linker.link("cubin").code))
+
+
+@contextmanager
+def _compiling_for(compute_capability: tuple[int, int]) -> Iterator[None]:
+    """Let Numba compile device functions for an architecture, whatever device is there, or none.
+
+    Numba asks the current device for it. The lock that it compiles under is held meanwhile, so that
+    no other thread's compilation sees the answer.
+    """
+    from numba.cuda import dispatcher
+    from numba.cuda.core.compiler_lock import global_compiler_lock
+
+    class Device:
+        pass
+
+    device: Any = Device()
+    device.compute_capability = compute_capability
+    with global_compiler_lock:
+        asked = dispatcher.get_current_device
+        dispatcher.get_current_device = lambda: device
+        try:
+            yield
+        finally:
+            dispatcher.get_current_device = asked
+
+
+def packed(shape: tuple[int, ...], itemsize: int, pointer: int) -> tuple[int, ...]:
+    """Return what a kernel is passed for a C-contiguous array: 5 + 2 · ndim 64-bit integers.
+
+    Two unused pointers, the number of elements, bytes of one, the address, then sizes and strides
+    in bytes of all axes.
+    """
+    strides = []
+    step = itemsize
+    for size in reversed(shape):
+        strides.append(step)
+        step *= size
+    return 0, 0, step // itemsize, itemsize, pointer, *shape, *reversed(strides)
+
+
+def digest(*parts: object) -> str:
+    """Return the SHA-256 of the parts' representations."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -1,0 +1,74 @@
+"""Arrays of other libraries that lie on a GPU, taken in without a copy."""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from gpurnn.cuda.engines import Array, GPUEngine, cupy
+
+__all__ = ["on_gpu", "taken"]
+
+DLPACK_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
+
+
+def on_gpu(a: object) -> bool:
+    """Whether ``a`` is an array on a CUDA GPU, of whatever library."""
+    if a is None or type(a) is np.ndarray:
+        return False
+    if hasattr(type(a), "__dlpack_device__"):
+        return a.__dlpack_device__()[0] in DLPACK_CUDA  # type: ignore[attr-defined]
+    return hasattr(a, "__cuda_array_interface__")
+
+
+def taken(arguments: Mapping[str, object]) -> tuple[GPUEngine, dict[str, Array | None]]:
+    """Return the device where all of these arrays lie, and the arrays as CuPy's, in no new memory.
+
+    Raises:
+        TypeError: an array lies in the host's memory, or its library does not hand it out.
+        ValueError: an array lies on another device than the first, or has no memory behind it.
+    """
+    given: dict[str, Any] = {name: a for name, a in arguments.items() if a is not None}
+    native = getattr(sys.modules.get("cupy"), "ndarray", None)
+    here = [name for name, a in given.items() if type(a) is native or on_gpu(a)]
+    if len(here) < len(given):
+        away = [name for name in given if name not in here]
+        away_is = f"{away[0]} is a {_kind(given[away[0]])}"
+        if not here:
+            raise TypeError(f"{away_is}: expected an array on a GPU, as in the forward pass")
+        raise TypeError(
+            f"{here[0]} is a {_kind(given[here[0]])} on a GPU but {away_is}: expected all arrays on "
+            "one GPU, or each a numpy.ndarray"
+        )
+    found = {name: a if type(a) is native else _taken(name, a) for name, a in given.items()}
+    first, *rest = found
+    device = found[first].device.id
+    for name in rest:
+        if found[name].device.id != device:
+            raise ValueError(
+                f"{name} is on CUDA device {found[name].device.id} but {first} on {device}: "
+                "expected all arrays on one device"
+            )
+    return GPUEngine(device), {name: found.get(name) for name in arguments}
+
+
+def _taken(name: str, a: Any) -> Array:
+    xp = cupy()
+    if isinstance(a, xp.ndarray):
+        array = a
+    else:
+        try:
+            array = xp.from_dlpack(a) if hasattr(type(a), "__dlpack__") else xp.asarray(a)
+        except Exception as e:
+            raise TypeError(
+                f"{name} is a {_kind(a)} that does not hand out its memory ({e}): expected an "
+                "array that CuPy can take without a copy (a PyTorch tensor needs .detach())"
+            ) from e
+    if array.size and not array.data.ptr:
+        raise ValueError(f"{name} is a {_kind(a)} without memory behind it: it has been freed")
+    return array
+
+
+def _kind(a: object) -> str:
+    return f"{type(a).__module__}.{type(a).__qualname__}"

@@ -1,0 +1,256 @@
+"""What runs kernels: a GPU with CuPy arrays, or the emulator with NumPy arrays.
+
+The operations in ``gpurnn.cuda.operations`` are written once, against ``Engine``.
+"""
+
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol
+
+import numpy as np
+
+from gpurnn import compiler, planning
+from gpurnn.cuda.machine_code import cubin
+from gpurnn.cuda.specs import KernelSpec, build
+
+__all__ = [
+    "EmulatedEngine",
+    "Engine",
+    "GPUEngine",
+    "cupy",
+    "current_emulation",
+    "emulated",
+    "limits_of",
+]
+
+Array = Any  # cupy.ndarray, or numpy.ndarray under the emulator
+
+Size = tuple[int, int, int]
+
+
+class Engine(Hashable, Protocol):
+    """A place where kernels run: ``xp`` makes its arrays."""
+
+    @property
+    def xp(self) -> Any: ...
+
+    @property
+    def limits(self) -> planning.Limits: ...
+
+    def here(self) -> AbstractContextManager[object]:
+        """Return a context in which new arrays lie, and kernels run, in this place."""
+
+    def launch(
+        self,
+        spec: KernelSpec,
+        grid: Size,
+        block: Size,
+        arrays: Sequence[Array],
+        *integers: int,
+        shared: int = 0,
+    ) -> None:
+        """Queue a kernel; arrays are C-contiguous."""
+
+    def product(self, A: Array, B: Array, out: Array) -> None:
+        """out = A B, summed in float32 at least."""
+
+    def settle(self) -> None:
+        """Wait until everything queued on the current stream is done."""
+
+
+@dataclass(frozen=True)
+class GPUEngine:
+    """CUDA device ``index``, on CuPy's current stream."""
+
+    index: int
+
+    @property
+    def xp(self) -> Any:
+        return cupy()
+
+    @property
+    def limits(self) -> planning.Limits:
+        return limits_of(self.index)
+
+    def here(self) -> AbstractContextManager[object]:
+        device: AbstractContextManager[object] = cupy().cuda.Device(self.index)
+        return device
+
+    def launch(
+        self,
+        spec: KernelSpec,
+        grid: Size,
+        block: Size,
+        arrays: Sequence[Array],
+        *integers: int,
+        shared: int = 0,
+    ) -> None:
+        function = _function(spec, self.index, shared)
+        arguments: list[int] = []
+        for a in arrays:
+            arguments += compiler.packed(a.shape, a.itemsize, a.data.ptr)
+        function(grid, block, (*arguments, *integers), shared_mem=shared)
+
+    def product(self, A: Array, B: Array, out: Array) -> None:
+        cupy().matmul(A, B, out=out)
+
+    def settle(self) -> None:
+        cupy().cuda.get_current_stream().synchronize()
+
+
+@cache
+def cupy() -> Any:
+    """Import CuPy."""
+    try:
+        import cupy as found
+    except ImportError as e:
+        raise ImportError(
+            f"arrays on a GPU need CuPy, which could not be imported ({e}): "
+            "pip install 'gpurnn[cuda13]'"
+        ) from e
+    return found
+
+
+@cache
+def _function(spec: KernelSpec, device: int, shared: int) -> Any:
+    """Load a kernel onto a device and let it have ``shared`` bytes of dynamic shared memory."""
+    cuda = cupy().cuda
+    with cuda.Device(device):
+        module = cuda.Module()
+        module.load(cubin(spec, limits_of(device).compute_capability))
+        function = module.get_function(build(spec).__name__)
+        if shared > 48 * 1024:  # beyond that a kernel must be told
+            driver = cuda.driver
+            attribute = driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            driver.funcSetAttribute(function.ptr, attribute, shared)
+    return function
+
+
+# cudaDeviceAttr (CUDA Runtime API, device attributes)
+CLOCK_KHZ, THREADS_PER_SM, MULTIPROCESSORS = 13, 39, 16
+MAJOR, MINOR = 75, 76
+SHARED_PER_SM, REGISTERS_PER_SM, SINGLE_TO_DOUBLE, SHARED_OPT_IN = 81, 82, 87, 97
+
+
+@cache
+def limits_of(device: int) -> planning.Limits:
+    """Ask a GPU what it can hold."""
+    runtime = cupy().cuda.runtime
+
+    def ask(attribute: int) -> int:
+        return int(runtime.deviceGetAttribute(attribute, device))
+
+    return planning.Limits(
+        name=runtime.getDeviceProperties(device)["name"].decode(),
+        compute_capability=(ask(MAJOR), ask(MINOR)),
+        multiprocessors=ask(MULTIPROCESSORS),
+        shared_per_block=ask(SHARED_OPT_IN),
+        shared_per_multiprocessor=ask(SHARED_PER_SM),
+        clock_ghz=ask(CLOCK_KHZ) / 1e6,
+        registers_per_multiprocessor=ask(REGISTERS_PER_SM),
+        threads_per_multiprocessor=ask(THREADS_PER_SM),
+        half_rate_float64=ask(SINGLE_TO_DOUBLE) <= 2,
+    )
+
+
+class _PoisonedNumPy:
+    """NumPy, except that new arrays hold NaN: what no kernel wrote is seen in the result."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+    def empty(self, shape: Any, dtype: Any) -> Array:
+        return np.full(shape, np.nan, dtype)
+
+    def empty_like(self, a: Array) -> Array:
+        return np.full_like(a, np.nan)
+
+
+_POISONED = _PoisonedNumPy()
+
+
+@dataclass(frozen=True)
+class EmulatedEngine:
+    """The emulator, on NumPy arrays, planned for ``limits``; the rest goes to the emulator."""
+
+    limits: planning.Limits
+    seed: int | None
+    check_races: bool
+
+    @property
+    def xp(self) -> Any:
+        return _POISONED
+
+    def here(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def launch(
+        self,
+        spec: KernelSpec,
+        grid: Size,
+        block: Size,
+        arrays: Sequence[Array],
+        *integers: int,
+        shared: int = 0,
+    ) -> None:
+        from gpurnn import emulator
+
+        stored = [a.view(np.uint16) if a.itemsize == 2 else a for a in arrays]
+        emulator.launch(
+            build(spec),
+            grid,
+            block,
+            (*stored, *integers),
+            shared=shared,
+            seed=self.seed,
+            check_races=self.check_races,
+        )
+
+    def product(self, A: Array, B: Array, out: Array) -> None:
+        if out.itemsize == 2:  # NumPy would sum in half precision
+            out[...] = A.astype(np.float32) @ B.astype(np.float32)
+        else:
+            np.matmul(A, B, out=out)
+
+    def settle(self) -> None:
+        pass
+
+
+_emulation: ContextVar[EmulatedEngine | None] = ContextVar("gpurnn_emulation", default=None)
+
+
+def current_emulation() -> EmulatedEngine | None:
+    """Return the engine of the ``emulated()`` around, if there is one."""
+    return _emulation.get()
+
+
+@contextmanager
+def emulated(
+    device: planning.Limits | str = "H100", *, seed: int | None = None, check_races: bool = True
+) -> Iterator[None]:
+    """Within this context, NumPy arrays take the kernels' path, run by ``gpurnn.emulator``.
+
+    ::
+
+        with gpurnn.emulated():
+            H, residuals = F.rnn_forward(X, None, W_xh, W_hh, b_h)
+
+    The planning, the kernels and the host's code are those of a GPU; only its instructions are
+    Python's. It is slow: a microsecond or so for each access to an array.
+
+    Args:
+        device: the GPU to plan for: "A100", "H100", "H200", or a ``gpurnn.planning.Limits``.
+        seed: shuffles the order in which threads go on; None is one fixed order.
+        check_races: look for races too.
+
+    Raises:
+        gpurnn.emulator.EmulationError: (where a kernel is run) it has a fault.
+    """
+    token = _emulation.set(EmulatedEngine(planning.limits("device", device), seed, check_races))
+    try:
+        yield
+    finally:
+        _emulation.reset(token)

@@ -1,0 +1,255 @@
+"""The operations of ``gpurnn.functional`` on kernels: allocate, plan, launch.
+
+Arguments have passed ``gpurnn.validate``: C-contiguous arrays of one dtype, in one place, ids in
+range. What a kernel writes is allocated here; nothing of the caller's is written. Everything is
+queued on the current stream, and nothing waits for it. Every sum has one order: the same arguments
+give the same bits each time.
+"""
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from gpurnn import planning
+from gpurnn.activation import Activation, AnyActivation
+from gpurnn.cuda.engines import Array, Engine
+from gpurnn.cuda.specs import REAL, KernelSpec, Kind
+from gpurnn.planning import SIDE, Plan, dtype_name
+
+__all__ = [
+    "hidden_layer",
+    "hidden_layer_backward",
+    "linear",
+    "linear_backward",
+    "rnn_backward",
+    "rnn_forward",
+]
+
+ONE_HOT_ELEMENTS = 1 << 25  # of the largest one-hot matrix that is made at a time
+POINTWISE_THREADS = 256
+
+
+def rnn_forward(
+    engine: Engine,
+    kernel: str | None,
+    X: Array,
+    h_0: Array | None,
+    W_xh: Array,
+    W_hh: Array,
+    b_h: Array | None,
+    activation: AnyActivation,
+) -> tuple[Array, Array | None, Plan]:
+    """H_t = φ(X_t W_xh + b_h + H_{t-1} W_hh) (9.4.5): one GEMM, or gather, then the recurrence.
+
+    Returns the states with h_0 before them (T + 1, n, h), the pre-activations (T, n, h) where φ′ is
+    a function of them, and the plan, which the backward pass follows as well.
+    """
+    xp, dtype = engine.xp, W_hh.dtype
+    (T, n), (d, h) = X.shape[:2], W_xh.shape
+    plan = planning.plan(
+        T=T, n=n, d=d, h=h, dtype=dtype_name(dtype), device=engine.limits, kernel=kernel
+    )
+    with engine.here():
+        states = xp.empty((T + 1, n, h), dtype)
+        if h_0 is None:
+            states[0].fill(0)
+        else:
+            states[0] = h_0
+        Z = None if activation.of_output else xp.empty((T, n, h), dtype)
+        if T and n:
+            b = _zeros(engine, h, dtype) if b_h is None else b_h
+            target = states[1:] if Z is None else Z
+            if plan.kernel == "concatenated":
+                spec = _spec("step_concatenated", SIDE, activation, dtype)
+                for t in range(T):
+                    engine.launch(
+                        spec, plan.grid, plan.block, (X, target, states, W_xh, W_hh, b), t
+                    )
+            else:
+                _input_product(engine, X, W_xh, target)
+                _recurrence(engine, plan, target, states, W_hh, b, activation)
+    return states, Z, plan
+
+
+def _recurrence(
+    engine: Engine,
+    plan: Plan,
+    Z: Array,
+    states: Array,
+    W_hh: Array,
+    b_h: Array,
+    activation: AnyActivation,
+) -> None:
+    arrays = (Z, states, W_hh, b_h)
+    if plan.kernel == "resident":
+        spec = _spec("resident_forward", plan.tile, activation, W_hh.dtype)
+        engine.launch(spec, plan.grid, plan.block, arrays, shared=plan.shared)
+        return
+    spec = _spec("step_forward", SIDE, activation, W_hh.dtype)
+    for t in range(len(Z)):
+        engine.launch(spec, plan.grid, plan.block, arrays, t)
+
+
+def _input_product(engine: Engine, X: Array, W_xh: Array, Z: Array) -> None:
+    """Z = X W_xh; a one-hot row times W_xh is a row of W_xh."""
+    if X.ndim == 2:
+        engine.xp.take(W_xh, X, axis=0, out=Z)
+    else:
+        T, n, d = X.shape
+        engine.product(X.reshape(T * n, d), W_xh, Z.reshape(T * n, -1))
+
+
+def rnn_backward(
+    engine: Engine,
+    plan: Plan,
+    dH: Array,
+    X: Array,
+    states: Array,
+    Z: Array | None,
+    W_xh: Array,
+    W_hh: Array,
+    activation: AnyActivation,
+    xi: Array | None,
+) -> tuple[Array | None, Array, Array, Array, Array]:
+    """Return dX (None for ids), dh_0, dW_xh, dW_hh, db_h (9.7.2)."""
+    xp, dtype = engine.xp, states.dtype
+    (T, n, h), d = dH.shape, len(W_xh)
+    by_id = X.ndim == 2
+    with engine.here():
+        if T == 0 or n == 0:
+            dX = None if by_id else xp.zeros(X.shape, dtype)
+            empty = (xp.zeros(shape, dtype) for shape in ((n, h), (d, h), (h, h), (h,)))
+            return dX, *empty
+        grads = xp.empty((T + 1, n, h), dtype)
+        arrays = [dH, states[1:] if Z is None else Z, grads, W_hh]
+        if xi is not None:
+            arrays.append(xi.astype(REAL[dtype_name(dtype)], copy=False))
+        scaled = xi is not None
+        if plan.kernel == "resident":
+            spec = _spec("resident_backward", plan.tile, activation, dtype, scaled=scaled)
+            engine.launch(spec, plan.grid, plan.block, arrays, shared=plan.shared)
+        else:
+            spec = _spec("step_backward", SIDE, activation, dtype, scaled=scaled)
+            for i in range(T, -1, -1):
+                engine.launch(spec, plan.grid, plan.block, arrays, i)
+        dZ = grads[1:].reshape(T * n, h)
+        dW_hh = _product(engine, states[:-1].reshape(T * n, h).T, dZ)
+        db_h = _sum_rows(engine, dZ)
+        if by_id:
+            return None, grads[0], _scatter(engine, X.reshape(-1), dZ, d), dW_hh, db_h
+        dW_xh = _product(engine, X.reshape(T * n, d).T, dZ)
+        dX = _product(engine, dZ, W_xh.T).reshape(X.shape)
+        return dX, grads[0], dW_xh, dW_hh, db_h
+
+
+def hidden_layer(
+    engine: Engine, X: Array, W_xh: Array, b_h: Array | None, activation: AnyActivation
+) -> tuple[Array, Array | None]:
+    """Return H = φ(X W_xh + b_h) (9.4.3), and the pre-activations where φ′ wants them."""
+    xp, dtype = engine.xp, W_xh.dtype
+    d, h = W_xh.shape
+    with engine.here():
+        rows = X.reshape(-1, d) if X.size else X.reshape(X.size // max(1, d), d)
+        H = xp.empty((*X.shape[:-1], h), dtype)
+        Z = None if activation.of_output else xp.empty_like(H)
+        flat = H.reshape(len(rows), h)
+        b = _zeros(engine, h, dtype) if b_h is None else b_h
+        if len(rows):
+            engine.launch(
+                _spec("layer_forward", SIDE, activation, dtype),
+                planning.tiled_grid(len(rows), h),
+                (SIDE, SIDE, 1),
+                (rows, flat if Z is None else Z.reshape(len(rows), h), flat, W_xh, b),
+            )
+    return H, Z
+
+
+def hidden_layer_backward(
+    engine: Engine,
+    dH: Array,
+    X: Array,
+    H: Array,
+    Z: Array | None,
+    W_xh: Array,
+    activation: AnyActivation,
+) -> tuple[Array, Array, Array]:
+    """Return dX, dW_xh, db_h."""
+    with engine.here():
+        dZ = engine.xp.empty_like(H)
+        if H.size:
+            A = H if Z is None else Z
+            engine.launch(
+                _spec("layer_backward", None, activation, H.dtype),
+                (-(-H.size // POINTWISE_THREADS), 1, 1),
+                (POINTWISE_THREADS, 1, 1),
+                (dH.reshape(-1), A.reshape(-1), dZ.reshape(-1)),
+            )
+        return linear_backward(engine, dZ, X, W_xh)
+
+
+def linear(engine: Engine, H: Array, W_hq: Array, b_q: Array | None) -> Array:
+    """O = H W_hq + b_q (9.4.6)."""
+    h, q = W_hq.shape
+    with engine.here():
+        O = engine.xp.empty((*H.shape[:-1], q), W_hq.dtype)
+        if O.size:
+            engine.product(H.reshape(-1, h), W_hq, O.reshape(-1, q))
+        if b_q is not None:
+            O += b_q
+    return O
+
+
+def linear_backward(engine: Engine, dO: Array, H: Array, W_hq: Array) -> tuple[Array, Array, Array]:
+    """Return dH (like H), dW_hq (h, q), db_q (q,)."""
+    h, q = W_hq.shape
+    xp = engine.xp
+    with engine.here():
+        if not dO.size:
+            return xp.zeros(H.shape, H.dtype), xp.zeros_like(W_hq), xp.zeros(q, W_hq.dtype)
+        rows = dO.reshape(-1, q)
+        dH = _product(engine, rows, W_hq.T).reshape(H.shape)
+        return dH, _product(engine, H.reshape(-1, h).T, rows), _sum_rows(engine, rows)
+
+
+def _spec(
+    kind: Kind, sizes: Any, activation: AnyActivation, dtype: Any, *, scaled: bool = False
+) -> KernelSpec:
+    key = activation if isinstance(activation, Activation) else activation.name
+    return KernelSpec(kind, sizes, key, dtype_name(dtype), scaled)
+
+
+def _product(engine: Engine, A: Array, B: Array) -> Array:
+    out = engine.xp.empty((A.shape[0], B.shape[1]), B.dtype)
+    engine.product(A, B, out)
+    return out
+
+
+def _sum_rows(engine: Engine, A: Array) -> Array:
+    """Sum the rows as a product with ones, in a fixed order."""
+    ones = engine.xp.ones((1, len(A)), A.dtype)
+    return _product(engine, ones, A)[0]
+
+
+def _scatter(engine: Engine, ids: Array, dZ: Array, d: int) -> Array:
+    """Return (d, h): the rows of dZ added up by id, as products with one-hot matrices.
+
+    A part of the rows at a time, so that no matrix is large, always in the same order.
+    """
+    xp = engine.xp
+    part = max(1, ONE_HOT_ELEMENTS // d)
+    total = None
+    for start in range(0, len(ids), part):
+        one_hot = (xp.arange(d)[:, None] == ids[None, start : start + part]).astype(dZ.dtype)
+        added = _product(engine, one_hot, dZ[start : start + part])
+        total = added if total is None else total + added
+    return total
+
+
+@cache
+def _zeros(engine: Engine, size: int, dtype: np.dtype[Any]) -> Array:
+    """Return zeros that no one writes to, for any stream: the bias of a layer without one."""
+    with engine.here():
+        zeros = engine.xp.zeros(size, dtype)
+        engine.settle()
+    return zeros

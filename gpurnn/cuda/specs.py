@@ -1,0 +1,114 @@
+"""Which kernel exactly: everything that machine code depends on, and how to make it.
+
+The only module that imports kernels.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+from gpurnn.activation import Activation
+from gpurnn.compiler import ArraySpec
+from gpurnn.tile import Tile
+
+__all__ = ["KernelSpec", "Kind", "build", "signature"]
+
+REAL = {"float32": "float32", "float64": "float64", "float16": "float32", "bfloat16": "float32"}
+STORED = {"float32": "float32", "float64": "float64", "float16": "uint16", "bfloat16": "uint16"}
+
+# Axes of each array argument in its order; "i" stands for an integer.
+ARGUMENTS: dict[str, tuple[int | str, ...]] = {
+    "resident_forward": (3, 3, 2, 1),
+    "resident_backward": (3, 3, 3, 2),
+    "step_forward": (3, 3, 2, 1, "i"),
+    "step_concatenated": (3, 3, 3, 2, 2, 1, "i"),
+    "step_backward": (3, 3, 3, 2, "i"),
+    "layer_forward": (2, 2, 2, 2, 1),
+    "layer_backward": (1, 1, 1),
+}
+
+
+Kind = Literal[
+    "resident_forward",
+    "resident_backward",
+    "step_forward",
+    "step_concatenated",
+    "step_backward",
+    "layer_forward",
+    "layer_backward",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class KernelSpec:
+    """A kernel, and what it is compiled for.
+
+    ``kind`` is a key of ``ARGUMENTS``. ``sizes`` is the tile of a resident kernel, the side of a
+    tiled one, None for ``layer_backward``. ``scaled`` backward kernels take ξ as well.
+    """
+
+    kind: Kind
+    sizes: Tile | int | None
+    activation: str | Activation
+    dtype: str
+    scaled: bool = False
+
+    @property
+    def threads(self) -> int:
+        """Threads of its blocks, at most."""
+        if isinstance(self.sizes, Tile):
+            return self.sizes.threads
+        return 256 if self.sizes is None else self.sizes**2
+
+    @property
+    def lasting(self) -> bool:
+        """Whether another process could know it again: not so with the user's own functions."""
+        return isinstance(self.activation, str)
+
+
+def signature(spec: KernelSpec) -> tuple[ArraySpec | None, ...]:
+    """Return the types of the kernel's arguments."""
+    stored = STORED[spec.dtype]
+    arguments = [
+        None if axes == "i" else ArraySpec(stored, int(axes)) for axes in ARGUMENTS[spec.kind]
+    ]
+    if spec.scaled:  # after the arrays, before the integer
+        at = len(arguments) - (arguments[-1] is None)
+        arguments.insert(at, ArraySpec(REAL[spec.dtype], 1))
+    return tuple(arguments)
+
+
+@cache
+def build(spec: KernelSpec) -> Callable[..., None]:
+    """Return the kernel's Python function."""
+    from numba.cuda import types
+
+    from gpurnn.kernels import activations, layer, resident, step
+    from gpurnn.kernels.storage import STORAGES
+
+    storage = STORAGES[spec.dtype]
+    real = getattr(types, REAL[spec.dtype])
+    if isinstance(spec.activation, str):
+        pair = activations.pair(spec.activation, real)
+    else:
+        phi = spec.activation
+        pair = activations.user_pair(phi.f, phi.df, real, of_output=phi.of_output)
+    sizes = spec.sizes
+    made: Callable[..., None]
+    match spec.kind:
+        case "resident_forward":
+            made = resident.forward(sizes, pair, storage)
+        case "resident_backward":
+            made = resident.backward(sizes, pair, storage, scaled=spec.scaled)
+        case "step_forward":
+            made = step.forward(sizes, pair, storage)
+        case "step_concatenated":
+            made = step.concatenated(sizes, pair, storage)
+        case "step_backward":
+            made = step.backward(sizes, pair, storage, scaled=spec.scaled)
+        case "layer_forward":
+            made = layer.forward(sizes, pair, storage)
+        case "layer_backward":
+            made = layer.backward(pair, storage)
+    return made

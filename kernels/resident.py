@@ -1,0 +1,239 @@
+"""A whole sequence in one launch, W_hh resident in the registers and shared memory of each block.
+
+The rows of a batch never meet, so each block takes its own rows through all T steps, and blocks
+need nothing of each other. Within a step a block multiplies its states with W_hh (see
+``gpurnn.kernels.product``), adds what came from the input, applies φ, and one barrier later its
+threads read the new states out of shared memory.
+
+Both kernels are launched with ⌈n / rows⌉ blocks of ``tile.threads`` threads and
+``tile.shared_weights`` numbers of dynamic shared memory. The last block may own fewer rows.
+"""
+
+from collections.abc import Callable
+
+from numba import cuda, uint32
+
+from gpurnn.kernels.activations import Pair
+from gpurnn.kernels.device import device
+from gpurnn.kernels.product import product
+from gpurnn.kernels.ptx import prefetch_l2
+from gpurnn.kernels.storage import Storage
+from gpurnn.tile import Tile
+
+__all__ = ["backward", "forward"]
+
+AHEAD = 4
+"""Steps ahead that the L2 cache is told of what will be read: a load from it takes less than a
+step, one from memory beyond it more."""
+LONGEST_TO_LOOK_AHEAD = 2
+"""Rows of a block up to which that is so; with more a step takes longer than any load."""
+
+
+def forward(tile: Tile, pair: Pair, storage: Storage) -> Callable[..., None]:
+    """Build ``kernel(Z, states, W_hh, b_h)``: H_t = φ(Z_t + b_h + H_{t-1} W_hh) (9.4.5).
+
+    Arrays:
+        Z (T, n, h): read, X_t W_xh. Where ``pair.of_output`` is false, Z_t is overwritten with the
+            whole pre-activation, which φ′ will need.
+        states (T + 1, n, h): states[0] is read, h_0; states[1:] is written, H.
+        W_hh (h, h), b_h (h,): read.
+
+    T ≥ 1, n ≥ 1. Z may be states[1:], where ``pair.of_output``: each element of Z_t is read by the
+    thread that later writes the same element of H_t. Otherwise nothing may overlap.
+
+    Who does what: the thread that owns column j (``tile``) reads Z[t, r, j], applies φ and writes
+    H[t, r, j] for each row r of its block. Z_{t+1} is fetched while step t computes, and
+    where a block has few rows Z_{t+4} is brought to the L2 cache.
+
+    Barriers: the states of step t lie in one of two buffers in shared memory. A block writes those
+    of t + 1 into the other and meets at one barrier. That orders this step's writes before the
+    next step's reads, and this step's reads before the writes of the step after the next.
+    """
+    R, S, own, depth, stride = tile.rows, tile.slices, tile.own, tile.depth, tile.stride
+    C, kept, threads = tile.columns, tile.kept, uint32(tile.threads)
+    exact, keeps_z = tile.exact, not pair.of_output
+    real, load_value, store_value, phi = storage.real, storage.load, storage.store, pair.phi
+    load, multiply, reduce = product(tile, real, load_value, transposed=False)
+    h, k_depth, group_columns = uint32(tile.h), uint32(depth), uint32(C)
+    lanes, owned, rows = uint32(S), uint32(own), uint32(R)
+    pieces = uint32(2 * R * S)
+    zero, first, one, ahead = real(0), uint32(0), uint32(1), uint32(AHEAD)
+    looks_ahead = R <= LONGEST_TO_LOOK_AHEAD
+
+    def resident_forward(Z, states, W_hh, b_h):
+        v = cuda.shared.array((2, R, S, stride), real, alignment=16)
+        ws = cuda.shared.array(0, real, alignment=16)
+        w = cuda.local.array((kept, C), real)
+        acc = cuda.local.array((R, C), real)
+        z = cuda.local.array((R, own), real)
+        b = cuda.local.array(own, real)
+
+        T, n = uint32(Z.shape[0]), uint32(Z.shape[1])
+        thread = uint32(cuda.threadIdx.x)
+        s, group = thread % lanes, thread // lanes
+        row = uint32(cuda.blockIdx.x) * rows
+        column = group * group_columns + s * owned
+
+        load(W_hh, w, ws, s * k_depth, group * group_columns)
+        for piece in range(thread, pieces, threads):  # padding must be finite: it meets weights 0
+            for k in range(depth):
+                v[piece // (rows * lanes), piece // lanes % rows, piece % lanes, k] = zero
+        cuda.syncthreads()
+        for p in range(own):
+            j = column + uint32(p)
+            b[p] = zero
+            if exact or j < h:
+                b[p] = load_value(b_h[j])
+            for r in range(R):
+                z[r, p] = zero
+                if row + uint32(r) < n and (exact or j < h):
+                    z[r, p] = load_value(Z[first, row + uint32(r), j])
+                    v[first, r, j // k_depth, j % k_depth] = load_value(
+                        states[first, row + uint32(r), j]
+                    )
+        cuda.syncthreads()
+
+        now = first
+        for t in range(first, T):
+            for r in range(R):
+                for c in range(C):
+                    acc[r, c] = zero
+            multiply(w, ws, v[now], s, acc)
+            reduce(acc, s, 0, 0, 0)
+            now = one - now
+            more = t + one < T
+            for r in range(R):
+                for p in range(own):
+                    j = column + uint32(p)
+                    a = acc[r, p] + (z[r, p] + b[p])
+                    if row + uint32(r) < n and (exact or j < h):
+                        if more:
+                            z[r, p] = load_value(Z[t + one, row + uint32(r), j])
+                        if looks_ahead and t + ahead < T:
+                            prefetch_l2(Z, t + ahead, row + uint32(r), j)
+                        if keeps_z:
+                            Z[t, row + uint32(r), j] = store_value(a)
+                        H = store_value(phi(a))
+                        states[t + one, row + uint32(r), j] = H
+                        v[now, r, j // k_depth, j % k_depth] = load_value(H)
+            cuda.syncthreads()
+
+    return resident_forward
+
+
+def backward(
+    tile: Tile, pair: Pair, storage: Storage, *, scaled: bool = False
+) -> Callable[..., None]:
+    """Build ``kernel(dH, A, grads, W_hh)``, with ``scaled`` ``kernel(dH, A, grads, W_hh, xi)``.
+
+    dZ_t = φ′ · (dH_t + ξ_{t+1} dZ_{t+1} W_hhᵀ) from the last step, which takes nothing from beyond,
+    to the first; what flows out of that is dh_0 (9.7.2).
+
+    Arrays:
+        dH (T, n, h): read, the derivative by each H_t as output of its step.
+        A (T, n, h): read, what φ′ wants: H where ``pair.of_output``, else the pre-activations.
+        grads (T + 1, n, h): written. grads[1:] is dZ, grads[0] is dh_0.
+        W_hh (h, h): read.
+        xi (T,) of ``storage.real``: read, ξ_t scales what flows from step t to the state before it.
+
+    T ≥ 1, n ≥ 1. Nothing may overlap, but dH may be grads[1:]: each element of dH_t is read by the
+    thread that later writes the same element of dZ_t.
+
+    Who does what, and the barriers: as in ``forward``, with dZ_t in place of H_{t-1}.
+    """
+    R, S, own, depth, stride = tile.rows, tile.slices, tile.own, tile.depth, tile.stride
+    C, kept, threads = tile.columns, tile.kept, uint32(tile.threads)
+    exact = tile.exact
+    real, load_value, store_value, dphi = storage.real, storage.load, storage.store, pair.dphi
+    load, multiply, reduce = product(tile, real, load_value, transposed=True)
+    h, k_depth, group_columns = uint32(tile.h), uint32(depth), uint32(C)
+    lanes, owned, rows = uint32(S), uint32(own), uint32(R)
+    pieces = uint32(2 * R * S)
+    zero, first, one, ahead = real(0), uint32(0), uint32(1), uint32(AHEAD)
+    looks_ahead = R <= LONGEST_TO_LOOK_AHEAD
+    unscaled = real(1)
+
+    @device
+    def factor_of(xi, t):
+        return xi[t]
+
+    @device
+    def no_factor(xi, t):
+        return unscaled
+
+    factor = factor_of if scaled else no_factor
+
+    @device
+    def body(dH, A, grads, W_hh, xi):
+        v = cuda.shared.array((2, R, S, stride), real, alignment=16)
+        ws = cuda.shared.array(0, real, alignment=16)
+        w = cuda.local.array((kept, C), real)
+        acc = cuda.local.array((R, C), real)
+        dh = cuda.local.array((R, own), real)
+        a = cuda.local.array((R, own), real)
+
+        T, n = uint32(dH.shape[0]), uint32(dH.shape[1])
+        thread = uint32(cuda.threadIdx.x)
+        s, group = thread % lanes, thread // lanes
+        row = uint32(cuda.blockIdx.x) * rows
+        column = group * group_columns + s * owned
+
+        load(W_hh, w, ws, s * k_depth, group * group_columns)
+        for piece in range(thread, pieces, threads):  # padding must be finite: it meets weights 0
+            for k in range(depth):
+                v[piece // (rows * lanes), piece // lanes % rows, piece % lanes, k] = zero
+        cuda.syncthreads()
+        for r in range(R):
+            for p in range(own):
+                j = column + uint32(p)
+                dh[r, p] = zero
+                a[r, p] = zero
+                if row + uint32(r) < n and (exact or j < h):
+                    dh[r, p] = load_value(dH[T - one, row + uint32(r), j])
+                    a[r, p] = load_value(A[T - one, row + uint32(r), j])
+            for c in range(C):
+                acc[r, c] = zero
+
+        now = first
+        for steps_after in range(first, T):
+            t = T - one - steps_after
+            for r in range(R):
+                for p in range(own):
+                    j = column + uint32(p)
+                    if row + uint32(r) < n and (exact or j < h):
+                        dZ = (dh[r, p] + acc[r, p]) * dphi(a[r, p])
+                        grads[t + one, row + uint32(r), j] = store_value(dZ)
+                        v[now, r, j // k_depth, j % k_depth] = dZ
+                        if t > first:
+                            dh[r, p] = load_value(dH[t - one, row + uint32(r), j])
+                            a[r, p] = load_value(A[t - one, row + uint32(r), j])
+                        if looks_ahead and t >= ahead:
+                            prefetch_l2(dH, t - ahead, row + uint32(r), j)
+                            prefetch_l2(A, t - ahead, row + uint32(r), j)
+                for c in range(C):
+                    acc[r, c] = zero
+            cuda.syncthreads()
+            multiply(w, ws, v[now], s, acc)
+            reduce(acc, s, 0, 0, 0)
+            for r in range(R):
+                for p in range(own):
+                    acc[r, p] *= factor(xi, t)
+            now = one - now
+
+        for r in range(R):
+            for p in range(own):
+                j = column + uint32(p)
+                if row + uint32(r) < n and (exact or j < h):
+                    grads[first, row + uint32(r), j] = store_value(acc[r, p])
+
+    if scaled:
+
+        def resident_backward_scaled(dH, A, grads, W_hh, xi):
+            body(dH, A, grads, W_hh, xi)
+
+        return resident_backward_scaled
+
+    def resident_backward(dH, A, grads, W_hh):
+        body(dH, A, grads, W_hh, W_hh)
+
+    return resident_backward

@@ -1,0 +1,248 @@
+"""What the host does for a GPU, without one: CuPy is a stand-in and the kernels are emulated."""
+
+import gc
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import fake_cupy
+import ml_dtypes
+import numpy as np
+import pytest
+from cases import SMALL, draw
+from kernel_setup import KERNELS, NAMES, Array
+from tolerance import assert_same_bits
+
+import gpurnn
+from gpurnn import functional as F
+from gpurnn.cuda import engines, operations
+from gpurnn.cuda.specs import KernelSpec
+
+ODD = next(case for case in SMALL if case.name == "odd")
+
+
+@pytest.fixture
+def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[fake_cupy.FakeCuPy]:
+    yield fake_cupy.install(monkeypatch)
+    for cached in (engines.cupy, engines.limits_of, engines._function, operations._zeros):
+        cached.cache_clear()
+
+
+def run(arguments: Any, dH: Any, kernel: str | None = None, xi: Any = None) -> dict[str, Any]:
+    H, residuals = F.rnn_forward(*arguments, kernel=kernel)
+    found = (H, *F.rnn_backward(dH, residuals, xi=xi))
+    return {name: a for name, a in zip(NAMES, found, strict=True) if a is not None}
+
+
+HALVES = (np.float16, ml_dtypes.bfloat16)
+RUNS = [
+    pytest.param(
+        kernel, by_id, dtype, id=f"{kernel}-{'ids' if by_id else 'floats'}-{dtype.__name__}"
+    )
+    for kernel in KERNELS
+    for by_id in (False, True)
+    for dtype in (np.float32, np.float64, *HALVES)
+    if not (by_id and kernel == "concatenated")  # takes floats
+    and (by_id or dtype not in HALVES)  # NumPy's own products of halves are not CuPy's
+]
+
+
+@pytest.mark.parametrize("xi", [None, [2, 0, 1, 0.5, 1.5]], ids=["full", "truncated"])
+@pytest.mark.parametrize(("kernel", "by_id", "dtype"), RUNS)
+def test_the_same_bits_as_under_the_emulator(
+    cupy: fake_cupy.FakeCuPy, kernel: str, by_id: bool, xi: list[float] | None, dtype: Any
+) -> None:
+    """So the packed arguments, and all that is different for CuPy, are right."""
+    drawn = draw(ODD).astype(dtype)
+    factors = None if xi is None else np.array(xi, dtype)
+    with gpurnn.emulated():
+        expected = run(drawn.arguments(by_id=by_id), drawn.dH, kernel, factors)
+    found = run(
+        [cupy.new(a) for a in drawn.arguments(by_id=by_id)],
+        cupy.new(drawn.dH),
+        kernel,
+        None if factors is None else cupy.new(factors),
+    )
+    assert found.keys() == expected.keys()
+    exact = ("H", "dh_0") if dtype in HALVES else NAMES
+    for name, a in found.items():
+        assert isinstance(a, fake_cupy.Array)
+        if name in exact:
+            assert_same_bits(name, a.view(np.ndarray), expected[name])
+
+
+def test_layers_without_a_state(cupy: fake_cupy.FakeCuPy) -> None:
+    drawn = draw(ODD, dtype=np.float32)
+
+    def both(new: Any) -> list[Any]:
+        X, W_xh, b_h, dH = (new(a) for a in (drawn.X, drawn.W_xh, drawn.b_h, drawn.dH))
+        H, residuals = F.hidden_layer(X, W_xh, b_h)
+        O = F.linear(X, W_xh, b_h)
+        layer, output = F.hidden_layer_backward(dH, residuals), F.linear_backward(dH, X, W_xh)
+        return [H, O, *layer, *output]
+
+    with gpurnn.emulated():
+        expected = both(np.array)
+    for a, b in zip(both(cupy.new), expected, strict=True):
+        assert_same_bits("layer", a.view(np.ndarray), b)
+
+
+def test_a_kernel_is_loaded_once_on_each_device(cupy: fake_cupy.FakeCuPy) -> None:
+    drawn = draw(ODD, dtype=np.float32)
+    for device in (0, 1, 0, 1):
+        with cupy.cuda.Device(device):
+            arguments = [cupy.new(a) for a in drawn.arguments()]
+            dH = cupy.new(drawn.dH)
+        run(arguments, dH)
+    kinds = [(spec.kind, device) for spec, device in cupy.loads]
+    assert sorted(kinds) == sorted(
+        (kind, device) for kind in ("resident_forward", "resident_backward") for device in (0, 1)
+    )
+    assert len(cupy.launches) == 8
+
+
+def test_everything_lies_where_the_arguments_lie(cupy: fake_cupy.FakeCuPy) -> None:
+    drawn = draw(ODD, dtype=np.float32)
+    with cupy.cuda.Device(3):
+        arguments = [cupy.new(a) for a in drawn.arguments(bias=False) if a is not None]
+        dH = cupy.new(drawn.dH)
+    found = run([*arguments, None], dH)
+    assert {a.device.id for a in found.values()} == {3}
+    assert {device for _, device in cupy.launches} == {3}
+    assert cupy.cuda.Device().id == 0, "the current device is the caller's"
+
+
+def test_arrays_on_two_devices_are_refused(cupy: fake_cupy.FakeCuPy) -> None:
+    drawn = draw(ODD, dtype=np.float32)
+    arguments = [cupy.new(a) for a in drawn.arguments()]
+    with cupy.cuda.Device(1):
+        arguments[3] = cupy.new(drawn.W_hh)
+        dH = cupy.new(drawn.dH)
+    with pytest.raises(ValueError, match=r"^W_hh is on CUDA device 1 but X on 0: expected all"):
+        F.rnn_forward(*arguments)
+    arguments[3] = cupy.new(drawn.W_hh)
+    _, residuals = F.rnn_forward(*arguments)
+    with pytest.raises(ValueError, match=r"^dH is on CUDA device 1 but the forward pass ran on 0"):
+        F.rnn_backward(dH, residuals)
+    assert len(cupy.launches) == 1
+
+
+def test_the_gradient_of_states_on_a_gpu_must_be_there_too(cupy: fake_cupy.FakeCuPy) -> None:
+    drawn = draw(ODD, dtype=np.float32)
+    _, residuals = F.rnn_forward(*(cupy.new(a) for a in drawn.arguments()))
+    with pytest.raises(TypeError, match=r"^dH is a numpy.ndarray: expected an array on a GPU, as"):
+        F.rnn_backward(drawn.dH, residuals)
+
+
+class Foreign:
+    """An array of another library, on a GPU."""
+
+    def __init__(self, a: Any, error: Exception | None = None) -> None:
+        self.a, self.error = a, error
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, 0
+
+    def __dlpack__(self, **_: object) -> Any:
+        if self.error:
+            raise self.error
+        return self.a
+
+
+def test_other_libraries_arrays_are_taken_without_a_copy(cupy: fake_cupy.FakeCuPy) -> None:
+    drawn = draw(ODD, dtype=np.float32)
+    theirs = [cupy.new(a) for a in drawn.arguments()]
+    H, residuals = F.rnn_forward(*(Foreign(a) for a in theirs))
+    assert residuals.X is theirs[0] and residuals.W_hh is theirs[3]
+    with gpurnn.emulated():
+        assert_same_bits("H", H.view(np.ndarray), F.rnn_forward(*drawn.arguments())[0])
+
+
+def test_an_array_its_library_keeps_is_refused(cupy: fake_cupy.FakeCuPy) -> None:
+    theirs: list[Any] = [cupy.new(a) for a in draw(ODD, dtype=np.float32).arguments()]
+    theirs[2] = Foreign(None, BufferError("it requires grad"))
+    with pytest.raises(TypeError, match=r"^W_xh is a .*Foreign that does not hand out its memory"):
+        F.rnn_forward(*theirs)
+
+
+def test_an_array_without_memory_is_refused(cupy: fake_cupy.FakeCuPy) -> None:
+    theirs: list[Any] = [cupy.new(a) for a in draw(ODD, dtype=np.float32).arguments()]
+
+    class Freed(fake_cupy.Array):
+        @property
+        def data(self) -> Any:
+            return type("", (), {"ptr": 0})
+
+    theirs[1] = theirs[1].view(Freed)
+    with pytest.raises(
+        ValueError, match=r"^h_0 is a .* without memory behind it: it has been free"
+    ):
+        F.rnn_forward(*theirs)
+    assert not cupy.launches
+
+
+@pytest.mark.parametrize("bad", [-1, 7])
+def test_ids_on_a_gpu_are_looked_at(cupy: fake_cupy.FakeCuPy, bad: int) -> None:
+    drawn = draw(ODD, dtype=np.float32)
+    arguments = [cupy.new(a) for a in drawn.arguments(by_id=True)]
+    arguments[0][2, 1] = bad
+    with pytest.raises(ValueError, match=rf"^X holds the id {bad} at index \(2, 1\): W_xh has 7"):
+        F.rnn_forward(*arguments)
+
+
+def test_what_needs_more_shared_memory_says_so_to_the_driver(cupy: fake_cupy.FakeCuPy) -> None:
+    """Only the launch is of interest: its numbers are those of the plan."""
+    plan = gpurnn.plan(T=1, n=1, d=1, h=256, device="H100")
+    assert plan.shared > 48 * 1024
+    spec = KernelSpec("resident_forward", plan.tile, "tanh", "float32")
+    function = engines._function(spec, 0, plan.shared)
+    assert cupy.allowed == {function.ptr: plan.shared}
+
+
+@pytest.mark.parametrize("left", range(6))
+def test_an_allocation_that_fails_leaves_nothing_behind(
+    cupy: fake_cupy.FakeCuPy, left: int
+) -> None:
+    drawn = draw(ODD, dtype=np.float32)
+    arguments, dH = [cupy.new(a) for a in drawn.arguments()], cupy.new(drawn.dH)
+    copies = [a.copy() for a in arguments]
+    made: list[weakref.ref[Any]] = []
+    allocate = cupy._allocate
+
+    def noting(make: Any) -> Any:
+        array = allocate(make)
+        made.append(weakref.ref(array))
+        return array
+
+    cupy._allocate = noting  # type: ignore[method-assign]
+    _, residuals = F.rnn_forward(*arguments)
+    del made[:]
+    cupy.allocations_left = left
+    with pytest.raises(MemoryError, match="out of memory"):
+        _forward_and_backward(arguments, dH)
+    gc.collect()
+    assert all(array() is None for array in made)
+    cupy.allocations_left = None
+    for a, copy in zip(arguments, copies, strict=True):
+        assert_same_bits("argument", a.view(np.ndarray), copy.view(np.ndarray))
+    F.rnn_backward(dH, residuals)
+
+
+def _forward_and_backward(arguments: list[Any], dH: Any) -> Array:
+    _, residuals = F.rnn_forward(*arguments)
+    F.rnn_backward(dH, residuals)
+    raise AssertionError("there was memory enough")
+
+
+def test_a_plan_for_the_gpu_that_is_there(cupy: fake_cupy.FakeCuPy) -> None:
+    here = gpurnn.plan(T=10, n=4, d=3, h=64)
+    assert here == gpurnn.plan(T=10, n=4, d=3, h=64, device=0)
+    assert here == gpurnn.plan(T=10, n=4, d=3, h=64, device="H100")
+    assert engines.limits_of(0).name == "a GPU that is none"
+
+
+def test_without_cupy_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "cupy", None)
+    engines.cupy.cache_clear()
+    with pytest.raises(ImportError, match=r"need CuPy, .*pip install 'gpurnn\[cuda13\]'"):
+        gpurnn.plan(T=1, n=1, d=1, h=1)

@@ -1,0 +1,140 @@
+"""Kernels as machine code: laid out as the host packs its arguments, compiled once, kept on disk."""
+
+import math
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import kernel_setup  # noqa: F401  (skips without what compiles kernels)
+import pytest
+
+import gpurnn
+from gpurnn import compiler, planning
+from gpurnn.cuda import machine_code
+from gpurnn.cuda.specs import ARGUMENTS, KernelSpec, build, signature
+
+pytest.importorskip("cuda.core", reason="machine code needs cuda-core")
+
+TILE = planning.resident_tiles(5, "float32")[0]
+CHEAP = KernelSpec("layer_backward", None, "relu", "float32")
+
+
+def spec_of(kind: str, scaled: bool = False) -> KernelSpec:
+    sizes = TILE if kind.startswith("resident") else None if kind == "layer_backward" else 16
+    return KernelSpec(kind, sizes, "tanh", "float32", scaled)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    monkeypatch.setenv("GPURNN_CACHE", str(tmp_path / "cache"))
+    machine_code.cubin.cache_clear()
+    yield tmp_path / "cache" / "kernels"
+    machine_code.cubin.cache_clear()
+
+
+@pytest.fixture
+def compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels that are compiled during a test."""
+    names: list[str] = []
+    compile_kernel = compiler.compile_kernel
+
+    def noting(function, *arguments):  # type: ignore[no-untyped-def]
+        names.append(function.__name__)
+        return compile_kernel(function, *arguments)
+
+    monkeypatch.setattr(compiler, "compile_kernel", noting)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("kind", "scaled"),
+    [
+        (kind, scaled)
+        for kind in ARGUMENTS
+        for scaled in (False, True)
+        if not scaled or kind in ("resident_backward", "step_backward")
+    ],
+)
+def test_the_kernel_s_parameters_are_those_the_host_packs(kind: str, scaled: bool) -> None:
+    spec = spec_of(kind, scaled)
+    name, ptx = compiler.ptx_of(build(spec), signature(spec), (9, 0), spec.threads)
+    parameters = re.findall(rf"\.param \.(\w+) {name}_param_\d+", ptx.replace(f"_{name}", name))
+    declared = re.search(r"\.entry[^(]*\(([^)]*)\)", ptx)
+    assert declared is not None
+    parameters = re.findall(r"\.param \.(\w+)", declared[1])
+    packed = sum(
+        1 if a is None else len(compiler.packed((1,) * a.ndim, 4, 0)) for a in signature(spec)
+    )
+    assert parameters == ["u64"] * packed
+    assert f".maxntid {spec.threads}" in ptx
+
+
+def test_an_array_is_packed_in_c_order() -> None:
+    assert compiler.packed((2, 3, 5), 4, 1000) == (0, 0, 30, 4, 1000, 2, 3, 5, 60, 20, 4)
+    assert compiler.packed((7,), 8, 16) == (0, 0, 7, 8, 16, 7, 8)
+    assert compiler.packed((3, 2**31, 2), 2, 0)[-3:] == (2**33, 4, 2)
+
+
+def test_a_kernel_is_compiled_once_and_kept(folder: Path, compilations: list[str]) -> None:
+    first = machine_code.cubin(CHEAP, (9, 0))
+    assert first[:4] == b"\x7fELF"
+    assert machine_code.cubin(CHEAP, (9, 0)) is first
+    machine_code.cubin.cache_clear()  # as another process
+    assert machine_code.cubin(CHEAP, (9, 0)) == first
+    assert compilations == ["layer_backward"]
+    assert [path.suffix for path in folder.iterdir()] == [".cubin"]
+
+
+def test_another_architecture_or_type_is_another_kernel(
+    folder: Path, compilations: list[str]
+) -> None:
+    machine_code.cubin(CHEAP, (9, 0))
+    machine_code.cubin(CHEAP, (8, 0))
+    machine_code.cubin(KernelSpec("layer_backward", None, "relu", "float64"), (9, 0))
+    machine_code.cubin(KernelSpec("layer_backward", None, "tanh", "float32"), (9, 0))
+    assert len(compilations) == 4 == len(list(folder.iterdir()))
+
+
+def test_a_change_of_the_source_or_the_compiler_is_another_kernel(
+    folder: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine_code.cubin(CHEAP, (9, 0))
+    machine_code.cubin.cache_clear()
+    monkeypatch.setattr(compiler, "toolchain", lambda: "another")
+    machine_code._origin.cache_clear()
+    machine_code.cubin(CHEAP, (9, 0))
+    machine_code._origin.cache_clear()
+    assert len(compilations) == 2
+
+
+def test_a_kernel_with_one_s_own_activation_is_kept_for_the_process(
+    folder: Path, compilations: list[str]
+) -> None:
+    own = gpurnn.Activation(lambda z: math.tanh(z), lambda z: 1.0 - math.tanh(z) ** 2)
+    spec = KernelSpec("layer_backward", None, own, "float32")
+    assert machine_code.cubin(spec, (9, 0)) is machine_code.cubin(spec, (9, 0))
+    assert compilations == ["layer_backward"]
+    assert not folder.exists()
+
+
+def test_an_activation_numba_cannot_compile_is_named(folder: Path) -> None:
+    def f(z: float) -> float:
+        return {"z": [z]}["z"].copy()[0] + sum(x for x in (0.0, 0.0))
+
+    own = gpurnn.Activation(f, lambda z: 1.0, name="mine")
+    spec = KernelSpec("layer_forward", 16, own, "float32")
+    with pytest.raises(
+        TypeError, match=r"^activation is <gpurnn.Activation mine>, which Numba cann"
+    ):
+        machine_code.cubin(spec, (9, 0))
+
+
+def test_a_cache_that_cannot_be_written_is_warned_of(folder: Path, compilations: list[str]) -> None:
+    folder.parent.write_text("a file where the folder should be")
+    with pytest.warns(UserWarning, match="compiled kernels cannot be kept in .*GPURNN_CACHE names"):
+        code = machine_code.cubin(CHEAP, (9, 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert machine_code.cubin(CHEAP, (9, 0)) is code
+    assert len(compilations) == 1
