@@ -1,8 +1,8 @@
 """Recurrent networks for CUDA machines, held to a NumPy reference.
 
 ``gpurnn.functional`` has the operations on arrays, ``RNN`` the layers, ``LanguageModel`` the
-character-level language model, ``NGramModel`` and ``MLPModel`` what it is measured against. ``plan``
-tells which kernel would run, ``emulated`` runs the kernels without a GPU.
+character-level language model, ``NGramModel`` and ``MLPModel`` what it is measured against.
+``plan`` tells which kernel would run, ``emulated`` runs the kernels without a GPU.
 """
 
 from gpurnn import functional

@@ -87,7 +87,7 @@ class HiddenResiduals:
 
 
 def _placed(arguments: dict[str, object]) -> tuple[Engine | None, list[Any], validate.Place]:
-    """Return what runs kernels on these arrays (None: NumPy), the arrays, and where they must lie."""
+    """Return what runs kernels on these arrays (None: NumPy), they, and where they must lie."""
     values = list(arguments.values())
     if any(map(arrays.on_gpu, values)):
         gpu, taken = arrays.taken(arguments)
@@ -122,6 +122,7 @@ def rnn_forward(
     *,
     activation: str | Activation = "tanh",
     kernel: str | None = None,
+    check_ids: bool = True,
 ) -> tuple[Floats, RNNResiduals]:
     """Run H_t = φ(X_t W_xh + H_{t-1} W_hh + b_h) over a sequence (*Dive into Deep Learning* 9.4.5).
 
@@ -135,6 +136,8 @@ def rnn_forward(
         kernel: for arrays on a GPU, or under the emulator: "resident" (the whole sequence in one
             launch), "step" (a launch a step), "concatenated" (a launch a step, the input's product
             in it; X must be floats); None leaves it to ``gpurnn.plan``.
+        check_ids: False where ids on a GPU are known to lie in [0, d): to look means to wait for
+            the GPU, and cannot be captured in a CUDA graph.
 
     Returns:
         H (T, n, h), whose last step is the final state, and the residuals for ``rnn_backward``.
@@ -151,7 +154,9 @@ def rnn_forward(
     engine, (X, h_0, W_xh, W_hh, b_h), place = _placed(
         {"X": X, "h_0": h_0, "W_xh": W_xh, "W_hh": W_hh, "b_h": b_h}
     )
-    arguments = validate.rnn_forward(X, h_0, W_xh, W_hh, b_h, activation, place)
+    arguments = validate.rnn_forward(
+        X, h_0, W_xh, W_hh, b_h, activation, place, check_ids=check_ids
+    )
     if engine is not None:
         return _rnn_forward_by_kernels(engine, kernel, arguments)
     if kernel is not None:

@@ -190,6 +190,22 @@ def test_ids_on_a_gpu_are_looked_at(cupy: fake_cupy.FakeCuPy, bad: int) -> None:
         F.rnn_forward(*arguments)
 
 
+def test_ids_that_are_known_to_be_good_need_no_look(
+    cupy: fake_cupy.FakeCuPy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [cupy.new(a) for a in draw(ODD, dtype=np.float32).arguments(by_id=True)]
+    expected, _ = F.rnn_forward(*arguments)
+
+    def waits(*_: object, **__: object) -> None:
+        raise AssertionError("the host waits for the GPU")
+
+    monkeypatch.setattr(fake_cupy.Array, "min", waits)
+    with pytest.raises(AssertionError, match="waits"):
+        F.rnn_forward(*arguments)
+    H, _ = F.rnn_forward(*arguments, check_ids=False)
+    assert_same_bits("H", H.view(np.ndarray), expected.view(np.ndarray))
+
+
 def test_what_needs_more_shared_memory_says_so_to_the_driver(cupy: fake_cupy.FakeCuPy) -> None:
     """Only the launch is of interest: its numbers are those of the plan."""
     plan = gpurnn.plan(T=1, n=1, d=1, h=256, device="H100")
@@ -244,5 +260,5 @@ def test_a_plan_for_the_gpu_that_is_there(cupy: fake_cupy.FakeCuPy) -> None:
 def test_without_cupy_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "cupy", None)
     engines.cupy.cache_clear()
-    with pytest.raises(ImportError, match=r"need CuPy, .*pip install 'gpurnn\[cuda13\]'"):
+    with pytest.raises(ImportError, match=r"need CuPy, and cupy could .*pip install 'gpurnn\[cuda13\]'"):
         gpurnn.plan(T=1, n=1, d=1, h=1)

@@ -1,4 +1,4 @@
-"""Kernels as machine code: laid out as the host packs its arguments, compiled once, kept on disk."""
+"""Kernels as machine code: parameters as the host packs them, compiled once, kept on disk."""
 
 import math
 import re

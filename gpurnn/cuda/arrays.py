@@ -38,8 +38,8 @@ def taken(arguments: Mapping[str, object]) -> tuple[GPUEngine, dict[str, Array |
         if not here:
             raise TypeError(f"{away_is}: expected an array on a GPU, as in the forward pass")
         raise TypeError(
-            f"{here[0]} is a {_kind(given[here[0]])} on a GPU but {away_is}: expected all arrays on "
-            "one GPU, or each a numpy.ndarray"
+            f"{here[0]} is a {_kind(given[here[0]])} on a GPU but {away_is}: expected all arrays "
+            "on one GPU, or each a numpy.ndarray"
         )
     found = {name: a if type(a) is native else _taken(name, a) for name, a in given.items()}
     first, *rest = found

@@ -3,6 +3,7 @@
 The operations in ``gpurnn.cuda.operations`` are written once, against ``Engine``.
 """
 
+import importlib
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -104,20 +105,23 @@ class GPUEngine:
 @cache
 def cupy() -> Any:
     """Import CuPy."""
+    return _needed("cupy", "arrays on a GPU need CuPy", "cuda13")
+
+
+def _needed(module: str, why: str, extra: str) -> Any:
     try:
-        import cupy as found
+        return importlib.import_module(module)
     except ImportError as e:
         raise ImportError(
-            f"arrays on a GPU need CuPy, which could not be imported ({e}): "
-            "pip install 'gpurnn[cuda13]'"
+            f"{why}, and {module} could not be imported ({e}): pip install 'gpurnn[{extra}]'"
         ) from e
-    return found
 
 
 @cache
 def _function(spec: KernelSpec, device: int, shared: int) -> Any:
     """Load a kernel onto a device and let it have ``shared`` bytes of dynamic shared memory."""
     cuda = cupy().cuda
+    _needed("numba.cuda", "kernels are compiled by numba-cuda", "cuda13")
     with cuda.Device(device):
         module = cuda.Module()
         module.load(cubin(spec, limits_of(device).compute_capability))
@@ -247,9 +251,14 @@ def emulated(
         check_races: look for races too.
 
     Raises:
+        ValueError: ``device`` names no GPU that is known.
+        ImportError: numba-cuda or greenlet is not installed.
         gpurnn.emulator.EmulationError: (where a kernel is run) it has a fault.
     """
-    token = _emulation.set(EmulatedEngine(planning.limits("device", device), seed, check_races))
+    engine = EmulatedEngine(planning.limits("device", device), seed, check_races)
+    for module in ("numba.cuda", "greenlet"):
+        _needed(module, "the emulator runs Numba's kernels as greenlets", "emulator")
+    token = _emulation.set(engine)
     try:
         yield
     finally:
