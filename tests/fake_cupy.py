@@ -162,8 +162,8 @@ class FakeCuPy(types.ModuleType):
     def ones(self, shape: Any, dtype: Any) -> Any:
         return self._allocate(lambda: np.ones(shape, dtype))
 
-    def arange(self, n: int) -> Any:
-        return self.new(np.arange(n))
+    def arange(self, n: int, dtype: Any) -> Any:
+        return self._allocate(lambda: np.arange(n, dtype=dtype))
 
     def matmul(self, a: Any, b: Any, out: Any) -> None:
         assert a.device.id == b.device.id == out.device.id == FakeCuPy.current.id

@@ -24,7 +24,7 @@ ODD = next(case for case in SMALL if case.name == "odd")
 @pytest.fixture
 def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[fake_cupy.FakeCuPy]:
     yield fake_cupy.install(monkeypatch)
-    for cached in (engines.cupy, engines.limits_of, engines._function, operations._zeros):
+    for cached in (engines.cupy, engines.limits_of, engines._function, operations._kept):
         cached.cache_clear()
 
 

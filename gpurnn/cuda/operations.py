@@ -9,8 +9,6 @@ give the same bits each time.
 from functools import cache
 from typing import Any
 
-import numpy as np
-
 from gpurnn import planning
 from gpurnn.activation import Activation, AnyActivation
 from gpurnn.cuda.engines import Array, Engine
@@ -28,6 +26,7 @@ __all__ = [
 
 ONE_HOT_ELEMENTS = 1 << 25  # of the largest one-hot matrix that is made at a time
 POINTWISE_THREADS = 256
+LARGEST_KEPT = 1 << 20  # numbers of a constant array that is kept for the next call
 
 
 def rnn_forward(
@@ -58,7 +57,7 @@ def rnn_forward(
             states[0] = h_0
         Z = None if activation.of_output else xp.empty((T, n, h), dtype)
         if T and n:
-            b = _zeros(engine, h, dtype) if b_h is None else b_h
+            b = _constant(engine, "zeros", h, dtype) if b_h is None else b_h
             target = states[1:] if Z is None else Z
             if plan.kernel == "concatenated":
                 spec = _spec("step_concatenated", SIDE, activation, dtype)
@@ -135,12 +134,13 @@ def rnn_backward(
                 engine.launch(spec, plan.grid, plan.block, arrays, i)
         dZ = grads[1:].reshape(T * n, h)
         dW_hh = _product(engine, states[:-1].reshape(T * n, h).T, dZ)
-        db_h = _sum_rows(engine, dZ)
         if by_id:
-            return None, grads[0], _scatter(engine, X.reshape(-1), dZ, d), dW_hh, db_h
+            dW_xh = _scatter(engine, X.reshape(-1), dZ, d)
+            db_h = _sum_rows(engine, dW_xh)  # each row of dZ is in one of its rows
+            return None, grads[0], dW_xh, dW_hh, db_h
         dW_xh = _product(engine, X.reshape(T * n, d).T, dZ)
         dX = _product(engine, dZ, W_xh.T).reshape(X.shape)
-        return dX, grads[0], dW_xh, dW_hh, db_h
+        return dX, grads[0], dW_xh, dW_hh, _sum_rows(engine, dZ)
 
 
 def hidden_layer(
@@ -154,7 +154,7 @@ def hidden_layer(
         H = xp.empty((*X.shape[:-1], h), dtype)
         Z = None if activation.of_output else xp.empty_like(H)
         flat = H.reshape(len(rows), h)
-        b = _zeros(engine, h, dtype) if b_h is None else b_h
+        b = _constant(engine, "zeros", h, dtype) if b_h is None else b_h
         if len(rows):
             engine.launch(
                 _spec("layer_forward", SIDE, activation, dtype),
@@ -227,8 +227,7 @@ def _product(engine: Engine, A: Array, B: Array) -> Array:
 
 def _sum_rows(engine: Engine, A: Array) -> Array:
     """Sum the rows as a product with ones, in a fixed order."""
-    ones = engine.xp.ones((1, len(A)), A.dtype)
-    return _product(engine, ones, A)[0]
+    return _product(engine, _constant(engine, "ones", len(A), A.dtype)[None], A)[0]
 
 
 def _scatter(engine: Engine, ids: Array, dZ: Array, d: int) -> Array:
@@ -236,20 +235,26 @@ def _scatter(engine: Engine, ids: Array, dZ: Array, d: int) -> Array:
 
     A part of the rows at a time, so that no matrix is large, always in the same order.
     """
-    xp = engine.xp
     part = max(1, ONE_HOT_ELEMENTS // d)
+    rows = _constant(engine, "arange", d, ids.dtype)[:, None]
     total = None
     for start in range(0, len(ids), part):
-        one_hot = (xp.arange(d)[:, None] == ids[None, start : start + part]).astype(dZ.dtype)
+        one_hot = (rows == ids[None, start : start + part]).astype(dZ.dtype)
         added = _product(engine, one_hot, dZ[start : start + part])
         total = added if total is None else total + added
     return total
 
 
+def _constant(engine: Engine, kind: str, size: int, dtype: Any) -> Array:
+    """Return ``size`` zeros, ones or counting numbers that no one writes to, from any stream."""
+    if size > LARGEST_KEPT:
+        return getattr(engine.xp, kind)(size, dtype=dtype)
+    return _kept(engine, kind, 1 << (size - 1).bit_length(), dtype)[:size]
+
+
 @cache
-def _zeros(engine: Engine, size: int, dtype: np.dtype[Any]) -> Array:
-    """Return zeros that no one writes to, for any stream: the bias of a layer without one."""
+def _kept(engine: Engine, kind: str, size: int, dtype: Any) -> Array:
     with engine.here():
-        zeros = engine.xp.zeros(size, dtype)
+        made = getattr(engine.xp, kind)(size, dtype=dtype)
         engine.settle()
-    return zeros
+    return made
