@@ -3,7 +3,12 @@
 Installed as ``gpurnn.kernels``. The modules here hold functions that run on the GPU (or in the
 emulator); they import no NumPy, allocate nothing, check nothing and read no environment
 variable. Everything a kernel assumes has been established by ``gpurnn.validate`` before it is
-launched.
+launched, and only ``gpurnn.cuda`` launches it.
+
+``step`` is read first: one time step a launch. ``resident`` takes the whole sequence in one, with
+the product of ``product``. ``layer`` is a step without a state, ``tiled`` the product of both it
+and ``step``. A kernel is made by a factory for sizes, an activation (``activations``) and a way of
+storing numbers (``storage``); its docstring is the contract.
 
 Layouts
 -------
@@ -18,11 +23,14 @@ name        shape           meaning
                             ``W_xh``
 ``h_0``     (n, h)          state before the first step
 ``H``       (T, n, h)       states after each step; ``H[T - 1]`` is the final state ``h_T``
-``Z``       (T, n, h)       pre-activations ``X W_xh + b_h`` before the recurrent product is added
+``Z``       (T, n, h)       ``X W_xh``, and in the end the whole pre-activation, where φ′ wants it
 ``W_xh``    (d, h)          input weights
 ``W_hh``    (h, h)          recurrent weights, ``H_t = φ(X_t W_xh + H_{t-1} W_hh + b_h)`` (9.4.5)
 ``b_h``     (h,)            bias
 ``dA``      like ``A``      derivative of the loss by ``A``
+``states``  (T + 1, n, h)   ``h_0`` and then ``H``, one array: what the backward pass wants
+``grads``   (T + 1, n, h)   ``dh_0`` and then ``dZ``
+``xi``      (T,)            factors on the gradient that flows from a step to the state before it
 ==========  ==============  =====================================================================
 
 Offsets into (T, n, h) arrays are 64-bit. A kernel writes every element of its outputs and reads

@@ -166,10 +166,6 @@ class Machine:
             t.seen_version = self.changes
             t.seen.clear()
             t.polls = t.idle = 0
-        if t.busy:
-            t.busy = False
-            t.idle = 0
-            self.activity += 1
         if key not in t.seen:
             t.seen.add(key)
             t.idle = 0

@@ -49,6 +49,20 @@ def test_a_thread_that_has_returned(kernel, seed):
     assert "returned from the kernel" in str(info.value)
 
 
+@cuda.jit
+def first_threads_return(out):
+    if cuda.threadIdx.x < 16:
+        return
+    cuda.syncthreads()  # barrier
+    out[cuda.threadIdx.x] = 1
+
+
+def test_threads_that_returned_before_the_others_came():
+    with raises(BarrierError, first_threads_return, "barrier") as info:
+        emulator.launch(first_threads_return, 1, 32, (np.zeros(32),))
+    assert "thread (15, 0, 0) has returned" in str(info.value)
+
+
 def test_all_threads_reach_it():
     out = np.zeros(32)
     emulator.launch(early_return, 1, 32, (out, 32))
@@ -127,8 +141,9 @@ def test_grid_barrier():
 
 @pytest.mark.parametrize("seed", [None, 0, 1])
 def test_grid_barrier_that_a_block_leaves(seed):
-    with raises(BarrierError, grid_sync_one_block_leaves, "sync"):
+    with raises(BarrierError, grid_sync_one_block_leaves, "sync") as info:
         emulator.launch(grid_sync_one_block_leaves, 3, 4, (np.zeros(12), np.zeros(12)), seed=seed)
+    assert "waits for all 12 threads of the grid" in str(info.value)
 
 
 def test_deadlock_between_a_barrier_and_a_poll():

@@ -165,3 +165,21 @@ def test_only_shared_memory_and_ranks_of_the_cluster_can_be_mapped():
 
         with pytest.raises(emulator.UnsupportedError, match=match):
             emulator.launch(kernel, 2, 1, (np.zeros(1), number), cluster=2)
+
+
+@cuda.jit
+def read_late(x, out):
+    part = cuda.shared.array(1, float32)
+    part[0] = x[cuda.blockIdx.x]
+    theirs = cluster_map(part, 1 - cluster_rank())
+    cluster_sync()
+    if cluster_rank() == 0:
+        for _ in range(5):
+            cuda.nanosleep(10)
+        out[0] = theirs[0]  # read
+
+
+def test_a_block_has_returned_before_others_read_its_shared_memory():
+    with raises(BarrierError, read_late, "read") as info:
+        emulator.launch(read_late, 2, 1, (np.ones(2, np.float32), np.zeros(1)), cluster=2)
+    assert "of block (1, 0, 0), all of whose threads have returned" in str(info.value)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from kernel_lines import line, raises
-from numba import cuda, float32, int64
+from numba import cuda, float32, int8, int32, int64
 
 from gpurnn import emulator
 from gpurnn.emulator import RaceError
@@ -379,3 +379,160 @@ def test_arrays_stay_as_they_were_when_the_race_was_found():
     with pytest.raises(RaceError):
         emulator.launch(neighbour_in_place, 1, 4, (x,))
     assert x.tolist() == [1, 1, 2, 3]  # thread 0 wrote; thread 1's write is the race
+
+
+@cuda.jit
+def race_after_a_barrier(x):
+    i = cuda.threadIdx.x
+    cuda.syncthreads()
+    if i == 0:
+        x[0] = 1  # write
+    else:
+        x[1] = x[0]  # read
+
+
+def test_a_barrier_does_not_order_what_follows_it():
+    with raises(RaceError, race_after_a_barrier, "read", "write"):
+        emulator.launch(race_after_a_barrier, 1, 2, (np.zeros(2),))
+
+
+@cuda.jit
+def many_readers(x, out, steps, sync):
+    for _ in range(steps):
+        out[cuda.grid(1)] += x[0]  # read
+        cuda.syncthreads()
+    if sync == 1:
+        cuda.cg.this_grid().sync()
+    if cuda.grid(1) == 0:
+        x[0] = 1  # write
+
+
+@pytest.mark.parametrize("threads", [1, 24, 48])
+def test_readers_of_another_block_are_kept(threads):
+    out = np.zeros(2 * threads)
+    with pytest.raises(RaceError) as info:
+        emulator.launch(many_readers, 2, threads, (np.zeros(1), out, 7, 0))
+    lines = {p.line for p in info.value.places}
+    assert lines == {line(many_readers, "read"), line(many_readers, "write")}
+    assert {p.block for p in info.value.places} == {(0, 0, 0), (1, 0, 0)}
+    emulator.launch(many_readers, 2, threads, (np.zeros(1), out, 7, 1))
+
+
+@cuda.jit
+def two_fences(data, flag, out):
+    if cuda.blockIdx.x == 0:
+        data[0] = 7.0
+        cuda.threadfence()
+        data[1] = 8.0
+        cuda.threadfence_block()
+        cuda.atomic.add(flag, 0, 1)
+    else:
+        while cuda.ldcv(flag, 0) == 0:
+            pass
+        cuda.threadfence()
+        out[0] = data[0]
+        out[1] = data[1]  # read
+
+
+def test_a_narrow_fence_takes_nothing_back_from_a_wide_one():
+    out = np.zeros(2)
+    with raises(RaceError, two_fences, "read"):
+        emulator.launch(two_fences, 2, 1, (np.zeros(2), np.zeros(1, np.int32), out))
+    assert out[0] == 7
+
+
+@cuda.jit
+def plain_after_strong(x, kind):
+    if cuda.threadIdx.x == 1:
+        x[0] = 1  # plain
+    elif kind == 0:
+        cuda.atomic.add(x, 0, 1)  # atomic
+    elif kind == 1:
+        cuda.stcg(x, 0, 1)  # store
+    else:
+        cuda.ldcv(x, 0)  # load
+
+
+@pytest.mark.parametrize(("kind", "mark"), [(0, "atomic"), (1, "store"), (2, "load")])
+def test_a_plain_write_after_a_strong_access(kind, mark):
+    seen = set()
+    for seed in range(8):
+        with pytest.raises(RaceError) as info:
+            emulator.launch(plain_after_strong, 1, 2, (np.zeros(1, np.int32), kind), seed=seed)
+        seen.add(tuple(p.line for p in info.value.places))
+    strong, plain = line(plain_after_strong, mark), line(plain_after_strong, "plain")
+    assert seen == {(strong, plain), (plain, strong)}
+
+
+@cuda.jit
+def read_on_three_lines(x, out):
+    i = cuda.threadIdx.x
+    if i == 0:
+        out[i] = x[0]  # first
+    elif i == 1:
+        out[i] = x[0]  # second
+    else:
+        out[i] = x[0]  # third
+        x[0] = 1  # write
+
+
+def test_the_earlier_side_is_the_thread_that_is_not_ordered():
+    with raises(RaceError, read_on_three_lines, "write", "second") as info:
+        emulator.launch(read_on_three_lines, 1, 3, (np.zeros(1), np.zeros(3)))
+    assert info.value.places[1].thread == (1, 0, 0)
+
+
+@cuda.jit
+def bytes_and_words(x, out, first):
+    s = cuda.shared.array(8, int32)
+    i = cuda.threadIdx.x
+    s[i] = 0
+    cuda.syncthreads()
+    b = s.view(int8)
+    if i < 4:
+        b[i] = i  # byte
+    elif i == 4:
+        s[first] = 1  # word
+    cuda.syncthreads()
+    out[i] = b[i]
+
+
+def test_bytes_of_a_word():
+    out = np.zeros(8)
+    emulator.launch(bytes_and_words, 1, 8, (None, out, 1))
+    assert out.tolist() == [0, 1, 2, 3, 1, 0, 0, 0]
+    with raises(RaceError, bytes_and_words, "word", "byte"):
+        emulator.launch(bytes_and_words, 1, 8, (None, out, 0))
+
+
+@cuda.jit
+def one_early_reader(x, out):
+    if cuda.blockIdx.x == 0:
+        if cuda.threadIdx.x == 0:
+            out[0] = x[0]  # early
+        return
+    for _ in range(7):
+        out[cuda.grid(1)] += x[0]
+        cuda.syncthreads()
+    if cuda.threadIdx.x == 0:
+        x[0] = 1  # write
+
+
+def test_a_reader_is_remembered_behind_hundreds_of_others():
+    with raises(RaceError, one_early_reader, "write", "early"):
+        emulator.launch(one_early_reader, 2, 48, (np.zeros(1), np.zeros(96)))
+
+
+@cuda.jit
+def plain_read_of_a_strong_store(x, out):
+    if cuda.threadIdx.x == 0:
+        cuda.stcg(x, 0, 1)  # store
+    else:
+        for _ in range(5):
+            cuda.nanosleep(10)
+        out[0] = x[0]  # read
+
+
+def test_a_plain_read_of_a_strong_store():
+    with raises(RaceError, plain_read_of_a_strong_store, "read", "store"):
+        emulator.launch(plain_read_of_a_strong_store, 1, 2, (np.zeros(1), np.zeros(1)))

@@ -67,7 +67,7 @@ def foreign_mask(out):
 def test_a_mask_without_the_lane_itself():
     with raises(BarrierError, foreign_mask, "vote") as info:
         emulator.launch(foreign_mask, 1, 32, (np.zeros(32),), seed=5)
-    assert "0x0000000f" in str(info.value)
+    assert "a mask that does not name it: 0x0000000f" in str(info.value)
 
 
 @cuda.jit
