@@ -884,7 +884,7 @@ def test_version_as_a_module() -> None:
 def test_help_lists_the_commands() -> None:
     code, stdout, stderr = inside("--help")
     assert (code, stderr) == (0, "")
-    assert set(COMMANDS) == {"train", "eval", "generate", "bench"}
+    assert set(COMMANDS) == {"train", "eval", "generate", "bench", "doctor"}
     for name in COMMANDS:
         assert re.search(rf"\b{name}\b", stdout)
     assert inside("-h").stdout == stdout

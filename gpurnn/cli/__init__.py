@@ -11,6 +11,7 @@ import typer
 
 from gpurnn import __version__
 from gpurnn.cli.bench import bench
+from gpurnn.cli.doctor import doctor
 from gpurnn.cli.evaluate import evaluate
 from gpurnn.cli.generate import generate
 from gpurnn.cli.output import FAILED
@@ -30,6 +31,7 @@ app.command()(train)
 app.command(name="eval")(evaluate)
 app.command()(generate)
 app.command()(bench)
+app.command()(doctor)
 
 
 def _version(asked: bool) -> None:

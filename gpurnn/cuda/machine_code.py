@@ -19,9 +19,12 @@ __all__ = ["cache_folder", "cubin"]
 
 def cache_folder() -> Path:
     """Return where machine code is kept between processes."""
+    named = os.environ.get("GPURNN_CACHE")
+    if named:
+        return Path(named) / "kernels"
     import pooch
 
-    return Path(os.environ.get("GPURNN_CACHE") or pooch.os_cache("gpurnn")) / "kernels"
+    return Path(pooch.os_cache("gpurnn")) / "kernels"
 
 
 @cache

@@ -1,45 +1,30 @@
-"""Speed of whole sequences, forward and backward, against PyTorch in the same run.
+"""Speed of whole sequences on NumPy, forward and backward, against PyTorch in the same run.
 
 The result is checked before anything is timed. The sides take turns, so that a change in the
 machine's speed hits both; figures are medians over all passes.
 """
 
-import importlib.metadata
 import importlib.util
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpurnn import functional as F
+from gpurnn.bench import common
+from gpurnn.bench.common import ERROR_LIMITS, Problem, Shape, relative_error
 
-__all__ = ["CPU_SHAPES", "Shape", "environment", "measure_cpu", "summary"]
+__all__ = ["CPU_SHAPES", "environment", "measure_cpu", "summary"]
 
 Floats = NDArray[Any]
 
-ERROR_LIMIT = 1e-4
-"""Largest ‖float32 − float64‖ / ‖float64‖ of a result that is worth timing."""
+ERROR_LIMIT = ERROR_LIMITS["float32"]
 
 BLOCKS = 4  # turns of each side
 LEAST_PASSES = 2  # timed in a block
 PAUSE = 0.3  # seconds before a block, for the other side's threads to fall asleep
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of one benchmark, T steps, n rows, d inputs, h units."""
-
-    T: int
-    n: int
-    d: int
-    h: int
-
 
 CPU_SHAPES = (
     Shape(32, 1024, 28, 32),
@@ -52,24 +37,6 @@ CPU_SHAPES = (
 )
 
 
-class _Problem:
-    """One shape's arrays, float32, drawn from a fixed seed."""
-
-    def __init__(self, shape: Shape) -> None:
-        rng = np.random.default_rng(0)
-        T, n, d, h = shape.T, shape.n, shape.d, shape.h
-
-        def draw(*size: int, scale: float = 1.0) -> Floats:
-            return (scale * rng.standard_normal(size)).astype(np.float32)
-
-        self.X, self.h_0, self.dH = draw(T, n, d), draw(n, h), draw(T, n, h)
-        self.W_xh, self.W_hh = draw(d, h, scale=d**-0.5), draw(h, h, scale=h**-0.5)
-        self.b_h = draw(h)
-
-    def arguments(self, dtype: type) -> tuple[Floats, ...]:
-        return tuple(a.astype(dtype) for a in (self.X, self.h_0, self.W_xh, self.W_hh, self.b_h))
-
-
 def _gpurnn_pass(arguments: tuple[Floats, ...], dH: Floats, backward: bool) -> list[Floats | None]:
     H, residuals = F.rnn_forward(*arguments)
     return [H, *F.rnn_backward(dH, residuals)] if backward else [H]
@@ -78,7 +45,7 @@ def _gpurnn_pass(arguments: tuple[Floats, ...], dH: Floats, backward: bool) -> l
 class _Torch:
     """The same problem on torch.nn.RNN."""
 
-    def __init__(self, problem: _Problem) -> None:
+    def __init__(self, problem: Problem) -> None:
         import torch
 
         d, h = problem.W_xh.shape
@@ -139,11 +106,12 @@ def measure_cpu(
 
 
 def _measure(shape: Shape, seconds: float, with_torch: bool) -> dict[str, Any]:
-    problem = _Problem(shape)
+    problem = Problem(shape)
     single, double = problem.arguments(np.float32), problem.arguments(np.float64)
     exact = _gpurnn_pass(double, problem.dH.astype(np.float64), True)
     record: dict[str, Any] = {"shape": vars(shape)}
-    record["error"] = _error(_gpurnn_pass(single, problem.dH, True), exact, shape)
+    found = _gpurnn_pass(single, problem.dH, True)
+    record["error"] = relative_error(found, exact, shape, ERROR_LIMIT)
     sides: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
         "gpurnn": (
             lambda: _gpurnn_pass(single, problem.dH, False),
@@ -152,30 +120,17 @@ def _measure(shape: Shape, seconds: float, with_torch: bool) -> dict[str, Any]:
     }
     if with_torch:
         peer = _Torch(problem)
-        record["torch_error"] = _error(peer.both(), exact, shape)
+        record["torch_error"] = relative_error(peer.both(), exact, shape, ERROR_LIMIT)
         sides["torch"] = (peer.forward, peer.both)
     for column, what in enumerate(("forward", "forward_backward")):
         times = _in_turn({name: passes[column] for name, passes in sides.items()}, seconds)
-        for name, found in times.items():
-            low, median, high = np.percentile(found, [25, 50, 75])
-            record[f"{name}_{what}_ms"] = {
-                "median": 1e3 * median,
-                "quartiles": [1e3 * low, 1e3 * high],
-                "passes": len(found),
-            }
+        for name, taken in times.items():
+            record[f"{name}_{what}_ms"] = common.figure([1e3 * t for t in taken], len(taken))
         record[f"{what}_us_per_step"] = 1e6 * float(np.median(times["gpurnn"])) / shape.T
         if with_torch:
             ratio = np.median(times["torch"]) / np.median(times["gpurnn"])
             record[f"{what}_speedup"] = float(ratio)
     return record
-
-
-def _error(found: Any, exact: Any, shape: Shape) -> float:
-    errors = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(found, exact, strict=True)]
-    worst = float(np.max(errors))  # unlike max(), it passes a NaN on
-    if not worst <= ERROR_LIMIT:
-        raise ArithmeticError(f"{shape}: relative error {worst:.2e}, not timed")
-    return worst
 
 
 def _in_turn(passes: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
@@ -214,50 +169,14 @@ def environment(threads: int) -> dict[str, Any]:
     """Return what a figure depends on: processor, versions, BLAS, commit."""
     from threadpoolctl import threadpool_info
 
-    versions = {}
-    for package in ("gpurnn", "numpy", "torch"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
     return {
-        "processor": _processor(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "versions": versions,
+        **common.machine(),
+        "versions": common.versions(("gpurnn", "numpy", "torch")),
         "blas": [
             f"{i['internal_api']} {i.get('version')} {i.get('architecture', '')}".strip()
             for i in threadpool_info()
             if i["user_api"] == "blas"
         ],
         "threads": threads,
-        "commit": _commit(),
+        "commit": common.commit(),
     }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
-
-
-def _commit() -> str | None:
-    """Return the commit of the source tree this runs from, or None outside one."""
-    here = Path(__file__)
-    commands = (
-        ["git", "ls-files", "--error-unmatch", here.name],  # not just any tree around it
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-    )
-    found = ""
-    for command in commands:
-        try:
-            done = subprocess.run(
-                command, cwd=here.parent, capture_output=True, text=True, check=True
-            )
-        except (OSError, subprocess.CalledProcessError):
-            return None
-        found = done.stdout.strip()
-    return found

@@ -1,0 +1,77 @@
+"""Compile many kernels at once, in processes beside each other, before they are needed.
+
+A kernel takes seconds to compile, and a process compiles one at a time. What is compiled here is
+found again in the folder of compiled kernels (``gpurnn.cuda.machine_code``).
+"""
+
+import multiprocessing
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+
+from gpurnn import planning
+from gpurnn.bench.common import Shape
+from gpurnn.bench.runs import Run
+from gpurnn.cuda.engines import cupy, limits_of
+from gpurnn.cuda.machine_code import cubin
+from gpurnn.cuda.specs import KernelSpec, Kind
+
+__all__ = ["compile_ahead", "compile_runs", "specs_of"]
+
+MOST_PROCESSES = 12
+
+KINDS: dict[str, tuple[Kind, Kind]] = {
+    "resident": ("resident_forward", "resident_backward"),
+    "step": ("step_forward", "step_backward"),
+    "concatenated": ("step_concatenated", "step_backward"),
+}
+
+
+def specs_of(
+    shape: Shape, dtype: str, kernel: str | None, device: planning.Limits
+) -> list[KernelSpec]:
+    """Return the kernels that a pass with tanh takes, forward and backward."""
+    plan = planning.plan(**vars(shape), dtype=dtype, device=device, kernel=kernel)
+    sizes = plan.tile or planning.SIDE
+    return [KernelSpec(kind, sizes, "tanh", dtype) for kind in KINDS[plan.kernel]]
+
+
+def compile_runs(runs: Sequence[Run]) -> list[str]:
+    """Compile what runs of the benchmark take on CuPy's current device; return what failed."""
+    device = limits_of(cupy().cuda.Device().id)
+    specs = [s for run in runs for s in specs_of(run.shape, run.dtype, run.kernel, device)]
+    return compile_ahead(specs, device.compute_capability)
+
+
+def compile_ahead(
+    specs: Iterable[KernelSpec],
+    compute_capability: tuple[int, int],
+    *,
+    processes: int | None = None,
+) -> list[str]:
+    """Compile each of these kernels, unless it is kept already; return what failed, in words.
+
+    With one processor nothing is done: there is nothing to be gained.
+    """
+    wanted = list(dict.fromkeys(specs))
+    at_once = min(processes or os.cpu_count() or 1, MOST_PROCESSES, len(wanted))
+    if at_once < 2:
+        return []
+    # not forked: a process that uses the GPU cannot be
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(at_once, mp_context=context) as pool:
+        jobs = [(spec, compute_capability) for spec in wanted]
+        return [failure for failure in pool.map(_compile_one, jobs) if failure]
+
+
+def _compile_one(job: tuple[KernelSpec, tuple[int, int]]) -> str:
+    spec, compute_capability = job
+    try:
+        cubin(spec, compute_capability)
+    except Exception as e:  # told to the parent, which goes on: whoever needs it fails again
+        return f"{spec.kind} {_sizes(spec.sizes)} {spec.dtype}: {type(e).__name__}: {e}"
+    return ""
+
+
+def _sizes(sizes: object) -> str:
+    return str(tuple(sizes)) if isinstance(sizes, Sequence) else str(sizes)

@@ -1,0 +1,69 @@
+"""The kernels of a pass on their own: launches recorded once, then queued again and again."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+from gpurnn.cuda.engines import Engine
+from gpurnn.cuda.specs import KernelSpec
+from gpurnn.planning import Limits
+
+__all__ = ["RecordingEngine"]
+
+Size = tuple[int, int, int]
+
+
+@dataclass(eq=False)
+class RecordingEngine:
+    """An engine that runs everything on ``inner`` and remembers its launches."""
+
+    inner: Engine
+    launches: list[Callable[[], None]] = field(default_factory=list)
+
+    @property
+    def xp(self) -> Any:
+        """What makes arrays."""
+        return self.inner.xp
+
+    @property
+    def limits(self) -> Limits:
+        """What the device can hold."""
+        return self.inner.limits
+
+    def here(self) -> AbstractContextManager[object]:
+        """Return the inner engine's context."""
+        return self.inner.here()
+
+    def launch(
+        self,
+        spec: KernelSpec,
+        grid: Size,
+        block: Size,
+        arrays: Sequence[Any],
+        *integers: int,
+        shared: int = 0,
+    ) -> None:
+        """Queue a kernel, and remember it with its arrays."""
+
+        def again() -> None:
+            self.inner.launch(spec, grid, block, arrays, *integers, shared=shared)
+
+        again()
+        self.launches.append(again)
+
+    def product(self, A: Any, B: Any, out: Any) -> None:
+        """out = A B."""
+        self.inner.product(A, B, out)
+
+    def settle(self) -> None:
+        """Wait for the current stream."""
+        self.inner.settle()
+
+    def replay(self) -> None:
+        """Queue the remembered launches again, on the same arrays.
+
+        A forward kernel may find the states where Z stood: other numbers, the same work.
+        """
+        for launch in self.launches:
+            launch()

@@ -1,0 +1,73 @@
+"""What goes with the GPU benchmark's records: what they depend on, what they come to."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from gpurnn.bench import common
+from gpurnn.bench.floors import FORMULA
+
+__all__ = ["gpu_environment", "gpu_summary"]
+
+PACKAGES = (
+    "gpurnn", "numpy", "cupy-cuda13x", "cupy-cuda12x", "numba", "numba-cuda", "cuda-core",
+    "cuda-bindings", "nvidia-nvvm", "nvidia-nvjitlink", "torch", "nvidia-cudnn-cu13", "jax",
+)  # fmt: skip
+
+
+def gpu_summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return, per peer and pass, geometric mean and minimum of the ratios, and who failed.
+
+    ``concatenated_over_split``: time of the concatenated form over the split form's, by shape.
+    """
+    ratios: dict[str, dict[str, list[float]]] = {}
+    failed: dict[str, int] = {}
+    forward: dict[tuple[tuple[int, ...], str], float] = {}
+    for record in records:
+        for peer, found in record.get("ratios", {}).items():
+            for what, ratio in found.items():
+                ratios.setdefault(peer, {}).setdefault(what, []).append(ratio)
+        for peer, found in record.get("peers", {}).items():
+            if "failed" in found:
+                failed[peer] = failed.get(peer, 0) + 1
+        if record["group"] == "forms" and "times_us" in record:
+            sizes = tuple(record["shape"].values())
+            forward[sizes, record["kernel"]] = record["times_us"]["forward"]["median"]
+    return {
+        "ratios": {
+            peer: {
+                what: {
+                    "geometric_mean": float(np.exp(np.mean(np.log(values)))),
+                    "least": min(values),
+                    "runs": len(values),
+                }
+                for what, values in passes.items()
+            }
+            for peer, passes in ratios.items()
+        },
+        "peers_failed": failed,
+        "concatenated_over_split": [
+            {"shape": list(sizes), "forward": t / forward[sizes, "step"]}
+            for (sizes, kernel), t in forward.items()
+            if kernel == "concatenated" and (sizes, "step") in forward
+        ],
+        "left_out": sum("left_out" in record for record in records),
+        "failed": sum("failed" in record for record in records),
+    }
+
+
+def gpu_environment(device: int | None = None) -> dict[str, Any]:
+    """Return what a figure depends on: GPU, driver, CUDA, clocks, versions, commit, date."""
+    from gpurnn.doctor.device import describe, nvidia_smi
+
+    return {
+        "gpu": describe(device),
+        "nvidia_smi": nvidia_smi(),
+        **common.machine(),
+        "versions": common.versions(PACKAGES),
+        "commit": common.commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "floor": FORMULA,
+    }

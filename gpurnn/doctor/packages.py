@@ -1,0 +1,116 @@
+"""What is installed, in which version, and whether the versions fit each other."""
+
+import importlib.metadata
+import importlib.util
+import platform
+from collections.abc import Iterator
+
+import gpurnn
+from gpurnn.doctor.findings import Finding
+
+__all__ = ["PACKAGES", "packages", "versions_fit"]
+
+CUDA = "pip install 'gpurnn[cuda13]'"
+EMULATOR = "pip install 'gpurnn[emulator]'"
+
+# Module, distributions that bring it, what it is for, what to install, in one place.
+PACKAGES: dict[str, tuple[str, tuple[str, ...], str, str]] = {
+    "NumPy": ("numpy", ("numpy",), "everything", "pip install numpy"),
+    "safetensors": ("safetensors", ("safetensors",), "model files", "pip install safetensors"),
+    "pooch": ("pooch", ("pooch",), "the cache folder", "pip install pooch"),
+    "numba": ("numba", ("numba",), "kernels and your own activations", EMULATOR),
+    "numba-cuda": ("numba_cuda", ("numba-cuda",), "compiling kernels", EMULATOR),
+    "greenlet": ("greenlet", ("greenlet",), "running kernels without a GPU", EMULATOR),
+    "cuda-bindings": ("cuda.bindings", ("cuda-bindings",), "compiling kernels", EMULATOR),
+    "cuda-core": ("cuda.core", ("cuda-core",), "compiling kernels", EMULATOR),
+    "CuPy": ("cupy", ("cupy-cuda13x", "cupy-cuda12x", "cupy"), "arrays on a GPU", CUDA),
+    "ml_dtypes": ("ml_dtypes", ("ml_dtypes",), "bfloat16", "pip install ml_dtypes"),
+    "torch": ("torch", ("torch",), "comparison only", "pip install torch"),
+}
+
+
+def packages() -> Iterator[Finding]:
+    """Yield gpurnn, Python, and each package: its version, or that it is missing."""
+    yield Finding("gpurnn", "ok", gpurnn.__version__)
+    yield Finding("Python", "ok", f"{platform.python_version()} on {platform.platform()}")
+    for name, (module, distributions, purpose, install) in PACKAGES.items():
+        found = _version(distributions)
+        if _importable(module):
+            yield Finding(name, "ok", found or "version unknown")
+        elif found is not None:
+            detail = f"{found} is installed, but the module {module} cannot be found"
+            yield Finding(name, "failed", detail, f"{install} --force-reinstall")
+        else:
+            yield Finding(name, "missing", f"not installed; for {purpose}", install)
+
+
+def versions_fit() -> Iterator[Finding]:
+    """Yield whether CuPy and numba-cuda are made for one major version of CUDA; NVVM, nvJitLink."""
+    yield from _compilers()
+    cupy_major = _cupy_major()
+    toolkit = _toolkit_major()
+    if cupy_major is None or toolkit is None:
+        return
+    if cupy_major == toolkit:
+        yield Finding("CUDA majors", "ok", f"CuPy and the compiler are both for CUDA {toolkit}")
+    else:
+        yield Finding(
+            "CUDA majors",
+            "warning",
+            f"CuPy is for CUDA {cupy_major}, the compiler for CUDA {toolkit}: a driver for "
+            "the higher one runs both",
+            f"pip install cupy-cuda{toolkit}x",
+        )
+
+
+def _compilers() -> Iterator[Finding]:
+    if not _importable("numba_cuda") or not _importable("cuda.bindings"):
+        return
+    from cuda.bindings import nvjitlink, nvvm
+
+    for name, library, package in (
+        ("NVVM", nvvm, "nvidia-nvvm"),
+        ("nvJitLink", nvjitlink, "nvidia-nvjitlink"),
+    ):
+        try:
+            found = ".".join(str(part) for part in library.version())
+        except Exception as e:  # what a missing library raises is the bindings' own
+            yield Finding(
+                name, "failed", f"{type(e).__name__}: {e}", f"{EMULATOR}, which brings {package}"
+            )
+            continue
+        known = _version((package,))
+        origin = f"{package} {known}" if known else "from the CUDA toolkit on this machine"
+        yield Finding(name, "ok", f"{found} ({origin})")
+
+
+def _cupy_major() -> int | None:
+    for major in (13, 12, 11):
+        if _version((f"cupy-cuda{major}x",)) is not None:
+            return major
+    return None
+
+
+def _toolkit_major() -> int | None:
+    """Return the CUDA major of the toolkit that kernels are compiled with: nvJitLink's version."""
+    if not _importable("cuda.bindings"):
+        return None
+    from cuda.bindings import nvjitlink
+
+    return int(nvjitlink.version()[0])
+
+
+def _version(distributions: tuple[str, ...]) -> str | None:
+    for name in distributions:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that should hold it is not there
+        return False
