@@ -5,15 +5,23 @@ kernel's arguments are arrays in C order and 64-bit integers. In machine code an
 64-bit numbers, as Numba lays it out: ``packed`` makes them.
 """
 
-import hashlib
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["ArraySpec", "Compiled", "compile_kernel", "packed", "ptx_of", "toolchain"]
+__all__ = [
+    "ArraySpec",
+    "Compiled",
+    "compile_kernel",
+    "entry_of",
+    "packed",
+    "ptx_of",
+    "toolchain",
+]
 
+SECTION = re.compile(rb"\0\.text\.(\w+)\0")  # of an ELF file's table of names
 ENTRY = re.compile(r"\.visible\s+\.entry\s+(\w+)\s*\(")
 
 
@@ -27,11 +35,10 @@ class ArraySpec:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A kernel as PTX and as machine code for one architecture."""
+    """A kernel as machine code for one architecture; ``name`` is that of its entry point."""
 
     name: str
     compute_capability: tuple[int, int]
-    ptx: str
     cubin: bytes
 
 
@@ -50,7 +57,7 @@ def ptx_of(
     compute_capability: tuple[int, int],
     threads: int,
 ) -> tuple[str, str]:
-    """Compile a kernel's Python function to PTX.
+    """Compile a kernel's Python function to PTX, to be read.
 
     Args:
         function: what a factory of ``gpurnn.kernels`` returns.
@@ -61,6 +68,50 @@ def ptx_of(
     Returns:
         The name of the entry point, and the PTX.
     """
+    ptx = _compiled(function, arguments, compute_capability, threads, "ptx")
+    mangled = ENTRY.findall(ptx)
+    if len(mangled) != 1:
+        raise RuntimeError(f"{function.__name__}: {len(mangled)} entry points in its PTX, not one")
+    return function.__name__, str(ptx.replace(mangled[0], function.__name__))
+
+
+def compile_kernel(
+    function: Callable[..., None],
+    arguments: tuple[ArraySpec | None, ...],
+    compute_capability: tuple[int, int],
+    threads: int,
+) -> Compiled:
+    """Compile a kernel's Python function to machine code; the arguments are those of ``ptx_of``.
+
+    The linker gets NVVM's code and not PTX: of PTX it makes code that can be linked further, where
+    helpers are called and registers are kept free for them.
+    """
+    from cuda.core import Linker, LinkerOptions, ObjectCode
+
+    major, minor = compute_capability
+    linker = Linker(
+        ObjectCode.from_ltoir(_compiled(function, arguments, compute_capability, threads, "ltoir")),
+        options=LinkerOptions(arch=f"sm_{major}{minor}", link_time_optimization=True),
+    )
+    cubin = bytes(linker.link("cubin").code)
+    return Compiled(entry_of(cubin), compute_capability, cubin)
+
+
+def entry_of(cubin: bytes) -> str:
+    """Return the name of the one kernel in machine code."""
+    names = set(SECTION.findall(cubin))
+    if len(names) != 1:
+        raise ValueError(f"machine code with {len(names)} kernels: expected one")
+    return names.pop().decode()
+
+
+def _compiled(
+    function: Callable[..., None],
+    arguments: tuple[ArraySpec | None, ...],
+    compute_capability: tuple[int, int],
+    threads: int,
+    output: str,
+) -> Any:
     from numba import cuda
     from numba.cuda import types
 
@@ -71,36 +122,17 @@ def ptx_of(
         )
     )
     with _compiling_for(compute_capability):
-        ptx, _ = cuda.compile(
+        code: Any
+        code, _ = cuda.compile(
             function,
             signature,
             cc=compute_capability,
             device=False,
             abi="numba",
-            output="ptx",
+            output=output,
             launch_bounds=(threads, 1),
         )
-    mangled = ENTRY.findall(ptx)
-    if len(mangled) != 1:
-        raise RuntimeError(f"{function.__name__}: {len(mangled)} entry points in its PTX, not one")
-    return function.__name__, ptx.replace(mangled[0], function.__name__)
-
-
-def compile_kernel(
-    function: Callable[..., None],
-    arguments: tuple[ArraySpec | None, ...],
-    compute_capability: tuple[int, int],
-    threads: int,
-) -> Compiled:
-    """Compile a kernel's Python function to machine code; the arguments are those of ``ptx_of``."""
-    from cuda.core import Linker, LinkerOptions, ObjectCode
-
-    name, ptx = ptx_of(function, arguments, compute_capability, threads)
-    major, minor = compute_capability
-    linker = Linker(
-        ObjectCode.from_ptx(ptx.encode()), options=LinkerOptions(arch=f"sm_{major}{minor}")
-    )
-    return Compiled(name, compute_capability, ptx, bytes(linker.link("cubin").code))
+    return code
 
 
 @contextmanager
@@ -139,8 +171,3 @@ def packed(shape: tuple[int, ...], itemsize: int, pointer: int) -> tuple[int, ..
         strides.append(step)
         step *= size
     return 0, 0, step // itemsize, itemsize, pointer, *shape, *reversed(strides)
-
-
-def digest(*parts: object) -> str:
-    """Return the SHA-256 of the parts' representations."""
-    return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -2,7 +2,7 @@
 
 ``plan`` compares what the kernels would take by a rough model of a multiprocessor (instructions
 issued, shared memory read, latency of a step) and explains its choice in words. The constants come
-from compiled kernels (registers and instructions, ``tests/resources``) and published latencies;
+from compiled kernels (``tests/resources.json``: registers, instructions) and published latencies;
 they decide between ways of cutting up the work and are not a promise of speed.
 """
 
@@ -92,7 +92,7 @@ class Plan:
     """How one call runs; ``str(plan)`` explains it.
 
     ``grid`` counts blocks, ``block`` threads (x, y, z); ``shared`` is dynamic shared memory, bytes.
-    ``tile`` is the resident kernel's, None for the others.
+    ``launches`` are those of the forward pass. ``tile`` is the resident kernel's, None for others.
     """
 
     kernel: str
@@ -188,7 +188,7 @@ def resident_tiles(h: int, dtype: str) -> tuple[Tile, ...]:
     for rows in (1, 2, 4, 8):
         if rows * columns * words > 32:
             continue
-        whole, part = _register_weights(rows, words)
+        whole, part = _register_weights(rows, dtype)
         weights = depth * columns * words
         kept = depth if weights <= whole else part // (columns * words) // VECTOR * VECTOR
         tile = Tile(h, rows, columns, columns, depth, kept)
@@ -197,11 +197,13 @@ def resident_tiles(h: int, dtype: str) -> tuple[Tile, ...]:
     return tuple(tiles)
 
 
-def _register_weights(rows: int, words: int) -> tuple[int, int]:
+def _register_weights(rows: int, dtype: str) -> tuple[int, int]:
     """Registers a thread has for weights: where they hold all of them, and where only a part."""
-    if words == 2:
+    if dtype == "float64":
         return (192, 128) if rows == 1 else (128, 128)
-    return {1: (224, 160), 2: (192, 128), 4: (192, 128), 8: (128, 128)}[rows]
+    if rows == 1:
+        return (224 if dtype == "float32" else 192), 160
+    return {2: (192, 128), 4: (160, 128), 8: (128, 128)}[rows]
 
 
 def _fitting(h: int, dtype: str, device: Limits) -> list[Tile]:
@@ -249,8 +251,8 @@ def _resident_plans(T: int, n: int, h: int, dtype: str, device: Limits) -> list[
 
 def _blocks_at_once(tile: Tile, words: int, device: Limits) -> int:
     """Blocks a multiprocessor holds, by registers, threads and shared memory."""
-    own = tile.rows * (tile.columns + 3 * tile.own) * words
-    registers = min(255, tile.kept * tile.columns * words + own + 46)
+    own = tile.rows * (tile.columns + 7 * tile.own) * words
+    registers = min(255, tile.kept * tile.columns * words + own + 40)
     registers = -(-registers // 8) * 8
     shared = (tile.shared_values + tile.shared_weights) * 4 * words + 1024
     return max(

@@ -360,9 +360,10 @@ def _supported(phi: AnyActivation, W: Floats, name: str, place: Place) -> None:
     """Refuse a fast activation in float64: kernels have none."""
     phi_name = "" if isinstance(phi, Activation) else phi.name
     if place is not HOST and phi_name in FAST_ACTIVATIONS and W.dtype == np.float64:
+        exact = phi_name.removeprefix("fast_")
         raise ValueError(
             f"activation is {phi_name!r} and {name} has dtype float64: kernels have it for "
-            f"float32, float16 and bfloat16; expected one of these, or {phi_name.removeprefix('fast_')!r}"
+            f"float32, float16 and bfloat16; expected one of these, or {exact!r}"
         )
 
 

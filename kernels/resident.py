@@ -23,10 +23,9 @@ from gpurnn.tile import Tile
 __all__ = ["backward", "forward"]
 
 AHEAD = 4
-"""Steps ahead that the L2 cache is told of what will be read: a load from it takes less than a
-step, one from memory beyond it more."""
-LONGEST_TO_LOOK_AHEAD = 2
-"""Rows of a block up to which that is so; with more a step takes longer than any load."""
+"""Steps ahead that the L2 cache is told of what a block of one row will read: its step is longer
+than a load from there, and shorter than one from memory. A step of more rows is longer than both.
+"""
 
 
 def forward(tile: Tile, pair: Pair, storage: Storage) -> Callable[..., None]:
@@ -43,7 +42,7 @@ def forward(tile: Tile, pair: Pair, storage: Storage) -> Callable[..., None]:
 
     Who does what: the thread that owns column j (``tile``) reads Z[t, r, j], applies φ and writes
     H[t, r, j] for each row r of its block. Z_{t+1} is fetched while step t computes, and
-    where a block has few rows Z_{t+4} is brought to the L2 cache.
+    where a block has one row Z_{t+4} is brought to the L2 cache.
 
     Barriers: the states of step t lie in one of two buffers in shared memory. A block writes those
     of t + 1 into the other and meets at one barrier. That orders this step's writes before the
@@ -58,7 +57,7 @@ def forward(tile: Tile, pair: Pair, storage: Storage) -> Callable[..., None]:
     lanes, owned, rows = uint32(S), uint32(own), uint32(R)
     pieces = uint32(2 * R * S)
     zero, first, one, ahead = real(0), uint32(0), uint32(1), uint32(AHEAD)
-    looks_ahead = R <= LONGEST_TO_LOOK_AHEAD
+    looks_ahead = R == 1
 
     def resident_forward(Z, states, W_hh, b_h):
         v = cuda.shared.array((2, R, S, stride), real, alignment=16)
@@ -150,7 +149,7 @@ def backward(
     lanes, owned, rows = uint32(S), uint32(own), uint32(R)
     pieces = uint32(2 * R * S)
     zero, first, one, ahead = real(0), uint32(0), uint32(1), uint32(AHEAD)
-    looks_ahead = R <= LONGEST_TO_LOOK_AHEAD
+    looks_ahead = R == 1
     unscaled = real(1)
 
     @device

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpurnn import emulator
+from gpurnn import compiler, emulator
 from gpurnn.cuda import engines
 from gpurnn.cuda.specs import KernelSpec, build, signature
 
@@ -197,7 +197,7 @@ class Module:
         self.fake.loads.append((self.spec, FakeCuPy.current.id))
 
     def get_function(self, name: str) -> Function:
-        assert name == build(self.spec).__name__
+        assert name == self.spec.kind
         return Function(self.fake, self.spec)
 
 
@@ -212,6 +212,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeCuPy:
 
     monkeypatch.setitem(__import__("sys").modules, "cupy", fake)
     monkeypatch.setattr(engines, "cubin", cubin)
+    monkeypatch.setattr(compiler, "entry_of", lambda code: fake.specs[int(code)].kind)
     for cached in (engines.cupy, engines.limits_of, engines._function):
         cached.cache_clear()
     return fake

@@ -260,5 +260,6 @@ def test_a_plan_for_the_gpu_that_is_there(cupy: fake_cupy.FakeCuPy) -> None:
 def test_without_cupy_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "cupy", None)
     engines.cupy.cache_clear()
-    with pytest.raises(ImportError, match=r"need CuPy, and cupy could .*pip install 'gpurnn\[cuda13\]'"):
+    advice = r"need CuPy, and cupy could .*pip install 'gpurnn\[cuda13\]'"
+    with pytest.raises(ImportError, match=advice):
         gpurnn.plan(T=1, n=1, d=1, h=1)

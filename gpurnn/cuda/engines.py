@@ -124,8 +124,9 @@ def _function(spec: KernelSpec, device: int, shared: int) -> Any:
     _needed("numba.cuda", "kernels are compiled by numba-cuda", "cuda13")
     with cuda.Device(device):
         module = cuda.Module()
-        module.load(cubin(spec, limits_of(device).compute_capability))
-        function = module.get_function(build(spec).__name__)
+        code = cubin(spec, limits_of(device).compute_capability)
+        module.load(code)
+        function = module.get_function(compiler.entry_of(code))
         if shared > 48 * 1024:  # beyond that a kernel must be told
             driver = cuda.driver
             attribute = driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES

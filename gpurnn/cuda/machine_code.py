@@ -29,7 +29,7 @@ def cache_folder() -> Path:
 
 @cache
 def cubin(spec: KernelSpec, compute_capability: tuple[int, int]) -> bytes:
-    """Return a kernel's machine code; its entry point has the name of its Python function.
+    """Return a kernel's machine code.
 
     A cache folder that cannot be written is warned of once, and done without.
     """

@@ -1,0 +1,230 @@
+"""The kernels whose machine code is held against ``resources.json``, and what makes that file.
+
+    python tests/make_resources.py
+
+writes it anew, in some minutes and without a GPU: after a change that is meant to alter the
+numbers, or with another version of the compiler.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from gpurnn import planning, resources
+from gpurnn.activation import Activation
+from gpurnn.compiler import ptx_of
+from gpurnn.cuda.specs import REAL, KernelSpec, Kind, build, signature
+from gpurnn.resources import Resources
+from gpurnn.tile import Tile
+
+__all__ = ["CASES", "TABLE", "Case", "Measured", "measured", "row", "table"]
+
+TABLE = Path(__file__).with_name("resources.json")
+
+SM_80, SM_90, SM_100 = (8, 0), (9, 0), (10, 0)
+
+
+def _silu(z: float) -> float:
+    return z / (1.0 + math.exp(-z))
+
+
+def _silu_slope(z: float) -> float:
+    s = 1.0 / (1.0 + math.exp(-z))
+    return s * (1.0 + z * (1.0 - s))
+
+
+SILU = Activation(_silu, _silu_slope, name="own_silu")  # its φ′ wants the pre-activation
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel for an architecture; ``core`` ones are few enough for every run of the tests."""
+
+    spec: KernelSpec
+    target: tuple[int, int]
+    core: bool
+
+    def __str__(self) -> str:
+        spec = self.spec
+        tile = spec.sizes
+        parts = [spec.kind, spec.dtype]
+        if isinstance(tile, Tile):
+            parts += [f"h={tile.h}", f"rows={tile.rows}"]
+        parts.append(spec.activation if isinstance(spec.activation, str) else "own_silu")
+        if spec.scaled:
+            parts.append("scaled")
+        return " ".join([*parts, f"sm_{self.target[0]}{self.target[1]}"])
+
+    @property
+    def tile(self) -> Tile | None:
+        return self.spec.sizes if isinstance(self.spec.sizes, Tile) else None
+
+    @property
+    def product(self) -> int:
+        """Multiply-adds of a thread in one product with W_hh."""
+        return self.tile.depth * self.tile.columns * self.tile.rows if self.tile else 0
+
+    @property
+    def itemsize(self) -> int:
+        return 8 if REAL[self.spec.dtype] == "float64" else 4
+
+    @property
+    def dynamic_shared(self) -> int:
+        """Bytes of dynamic shared memory that its launch asks for."""
+        return self.tile.shared_weights * self.itemsize if self.tile else 0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A compiled kernel in numbers and in text."""
+
+    resources: Resources
+    ptx: str
+    sass: str
+
+
+@cache
+def measured(case: Case) -> Measured:
+    """Compile a kernel and look at it."""
+    spec = case.spec
+    _, ptx = ptx_of(build(spec), signature(spec), case.target, spec.threads)
+    listing = resources.listing_of(ptx, case.target)
+    found = resources.of_listing(listing, product=case.product)
+    return Measured(found, ptx, resources.sass_of_listing(listing))
+
+
+def row(case: Case) -> dict[str, Any]:
+    """Return what the table says of a kernel.
+
+    ``useful`` is the share of multiply-adds among the instructions of the recurrent loop: those of
+    the product with W_hh, or all of them in the kernels that are not resident.
+    """
+    found = measured(case).resources
+    useful = found.useful
+    if useful is None:
+        useful = found.multiply_adds / found.loop if found.loop else 0.0
+    return {
+        "registers": found.registers,
+        "shared": found.shared,
+        "dynamic_shared": case.dynamic_shared,
+        "loop": found.loop,
+        "useful": round(useful, 4),
+    }
+
+
+def table() -> dict[str, Any]:
+    """Return the table as it was last written."""
+    found: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))
+    return found
+
+
+FORWARD: Kind = "resident_forward"
+BACKWARD: Kind = "resident_backward"
+
+
+def _resident(
+    kinds: tuple[Kind, ...],
+    dtype: str,
+    h: int,
+    rows: tuple[int, ...] = (),
+    targets: tuple[tuple[int, int], ...] = (SM_90,),
+    activation: str | Activation = "tanh",
+    *,
+    scaled: bool = False,
+    core: bool = False,
+) -> Iterator[Case]:
+    for tile in planning.resident_tiles(h, dtype):
+        if not rows or tile.rows in rows:
+            for kind in kinds:
+                for target in targets:
+                    spec = KernelSpec(kind, tile, activation, dtype, scaled)
+                    yield Case(spec, target, core)
+
+
+def _cases() -> Iterator[Case]:
+    both, each = (FORWARD, BACKWARD), (SM_80, SM_90)
+    # The few that most changes to kernels would show in.
+    yield from _resident(both, "float32", 32, (1, 2), core=True)
+    yield from _resident(both, "float32", 128, (1, 8), core=True)
+    yield from _resident(both, "float32", 224, (1, 4), core=True)
+    yield from _resident(both, "float32", 128, (1,), (SM_80,), core=True)
+    yield from _resident(both, "float64", 64, (1,), core=True)
+    yield from _resident((BACKWARD,), "bfloat16", 128, (1,), core=True)
+    yield from _resident(both, "float32", 128, (1,), activation=SILU, core=True)
+    for kind in ("step_forward", "step_backward"):
+        yield Case(KernelSpec(kind, planning.SIDE, "tanh", "float32"), SM_90, core=True)
+    # Every way of sharing out W_hh. Backward kernels hold most; 144 and 200 are shared out like 129
+    # and 224, but for the padding.
+    for h in (32, 64, 128, 129, 144, 191, 200, 224, 256):
+        most = planning.resident_tiles(h, "float32")[-1].rows
+        yield from _resident((FORWARD,), "float32", h, (1, most))
+        yield from _resident((BACKWARD,), "float32", h, (1, most) if h in (144, 200) else ())
+        yield from _resident((BACKWARD,), "float32", h, (1, most), (SM_80,))
+    for h in (32, 64, 96, 128, 192):
+        most = planning.resident_tiles(h, "float64")[-1].rows
+        yield from _resident((FORWARD,), "float64", h, (1, most))
+        yield from _resident((BACKWARD,), "float64", h)
+        if h < 192:  # one block of an A100 does not hold it
+            yield from _resident((BACKWARD,), "float64", h, (most,), (SM_80,))
+    for h, most in ((128, 8), (224, 4)):
+        yield from _resident(both, "bfloat16", h, (1, most))
+        yield from _resident((FORWARD,), "float16", h, (1,))
+        yield from _resident((BACKWARD,), "float16", h, (1,), each)
+    # φ and φ′ share the registers with W_hh.
+    for activation in ("softplus", "sigmoid", "relu", "identity", "fast_tanh", SILU):
+        yield from _resident(both, "float32", 128, (1,), activation=activation)
+    for activation in ("softplus", SILU):
+        yield from _resident((BACKWARD,), "float32", 144, (8,), each, activation)
+        yield from _resident(both, "float32", 224, (1,), (SM_90,), activation)
+        yield from _resident((BACKWARD,), "float64", 64, (4,), each, activation)
+    for dtype, h, rows in (("float32", 128, 1), ("float32", 224, 4), ("float64", 64, 2)):
+        yield from _resident((BACKWARD,), dtype, h, (rows,), each, scaled=True)
+    kinds: tuple[Kind, ...] = (
+        "step_forward",
+        "step_concatenated",
+        "step_backward",
+        "layer_forward",
+        "layer_backward",
+    )
+    for kind in kinds:
+        for dtype in planning.DTYPES:
+            side = None if kind == "layer_backward" else planning.SIDE
+            targets = each if dtype == "float32" else (SM_90,)
+            for target in targets:
+                yield Case(KernelSpec(kind, side, "tanh", dtype), target, core=False)
+    yield Case(KernelSpec("step_backward", planning.SIDE, "tanh", "float32", True), SM_90, False)
+    yield from _resident(both, "float32", 128, (1,), (SM_100,))
+    yield from _resident(both, "float32", 224, (4,), (SM_100,))
+    yield from _resident((BACKWARD,), "float64", 64, (1,), (SM_100,))
+
+
+def _once() -> tuple[Case, ...]:
+    found: dict[str, Case] = {}
+    for case in _cases():
+        found.setdefault(str(case), case)
+    return tuple(found.values())
+
+
+CASES = _once()
+
+
+def main() -> None:
+    """Write the table."""
+    kernels = {}
+    for number, case in enumerate(CASES, 1):
+        kernels[str(case)] = row(case)
+        print(f"{number:3}/{len(CASES)}  {case}  {measured(case).resources}", flush=True)
+    lines = [f"    {json.dumps(key)}: {json.dumps(value)}" for key, value in kernels.items()]
+    text = ",\n".join(lines)
+    toolchain = json.dumps(resources.toolchain())
+    TABLE.write_text(
+        f'{{\n  "toolchain": {toolchain},\n  "kernels": {{\n{text}\n  }}\n}}\n', encoding="utf-8"
+    )
+
+
+if __name__ == "__main__":
+    main()
