@@ -102,7 +102,7 @@ def entry_of(cubin: bytes) -> str:
     names = set(SECTION.findall(cubin))
     if len(names) != 1:
         raise ValueError(f"machine code with {len(names)} kernels: expected one")
-    return names.pop().decode()
+    return str(names.pop(), "ascii")
 
 
 def _compiled(

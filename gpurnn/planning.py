@@ -201,9 +201,7 @@ def _register_weights(rows: int, dtype: str) -> tuple[int, int]:
     """Registers a thread has for weights: where they hold all of them, and where only a part."""
     if dtype == "float64":
         return (192, 128) if rows == 1 else (128, 128)
-    if rows == 1:
-        return (224 if dtype == "float32" else 192), 160
-    return {2: (192, 128), 4: (160, 128), 8: (128, 128)}[rows]
+    return {1: (192, 160), 2: (192, 128), 4: (160, 128), 8: (128, 128)}[rows]
 
 
 def _fitting(h: int, dtype: str, device: Limits) -> list[Tile]:

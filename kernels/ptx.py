@@ -164,30 +164,26 @@ def rcp_approx(typing: Any, x: Any) -> Any:
 # ---------------------------------------------------------------------------------------
 
 
-def _emulated_prefetch_l2(cuda: Any, array: Any, i: int, j: int, k: int) -> None:
-    for index, size in zip((i, j, k), array.shape, strict=True):
-        if not 0 <= index < size:
-            raise IndexError(f"prefetch of [{i}, {j}, {k}] in an array of shape {array.shape}")
+def _emulated_prefetch_l2(cuda: Any, array: Any, index: int) -> None:
+    if not 0 <= index < array.shape[0]:
+        raise IndexError(f"prefetch of [{index}] in an array of shape {array.shape}")
 
 
 @_instruction(_emulated_prefetch_l2)
-def prefetch_l2(typing: Any, array: Any, i: Any, j: Any, k: Any) -> Any:
-    """Have the line of ``array[i, j, k]``, in global memory, brought to the L2 cache; no wait.
+def prefetch_l2(typing: Any, array: Any, index: Any) -> Any:
+    """Have the line of ``array[index]``, in global memory, brought to the L2 cache; nobody waits.
 
     PTX ISA, "Data Movement and Conversion Instructions: prefetch", ``prefetch.global.L2``. The twin
     only sees that the index is in range.
     """
-    if not isinstance(array, types.Array) or array.ndim != 3:
+    if not isinstance(array, types.Array) or array.ndim != 1:
         return None
 
-    def codegen(context: Any, builder: Any, signature: Any, operands: Any) -> Any:
-        given, *indices = operands
+    def codegen(context: Any, builder: Any, _: Any, operands: Any) -> Any:
+        given, place = operands
         struct = context.make_array(array)(context, builder, given)
-        indices = [
-            context.cast(builder, index, ty, types.intp)
-            for index, ty in zip(indices, signature.args[1:], strict=True)
-        ]
-        address = cgutils.get_item_pointer(context, builder, array, struct, indices)
+        place = context.cast(builder, place, index, types.intp)
+        address = cgutils.get_item_pointer(context, builder, array, struct, [place])
         asm = ir.InlineAsm(
             ir.FunctionType(ir.VoidType(), [address.type]),
             "prefetch.global.L2 [$0];",
@@ -197,7 +193,7 @@ def prefetch_l2(typing: Any, array: Any, i: Any, j: Any, k: Any) -> Any:
         builder.call(asm, [address])
         return context.get_dummy_value()
 
-    return types.void(array, i, j, k), codegen
+    return types.void(array, index), codegen
 
 
 # ---------------------------------------------------------------------------------------

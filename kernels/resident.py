@@ -11,7 +11,7 @@ Both kernels are launched with ⌈n / rows⌉ blocks of ``tile.threads`` threads
 
 from collections.abc import Callable
 
-from numba import cuda, uint32
+from numba import cuda, uint32, uint64
 
 from gpurnn.kernels.activations import Pair
 from gpurnn.kernels.device import device
@@ -29,37 +29,44 @@ than a load from there, and shorter than one from memory. A step of more rows is
 
 
 def forward(tile: Tile, pair: Pair, storage: Storage) -> Callable[..., None]:
-    """Build ``kernel(Z, states, W_hh, b_h)``: H_t = φ(Z_t + b_h + H_{t-1} W_hh) (9.4.5).
+    """Build ``kernel(Z, states, W_hh, b_h, T, n)``: H_t = φ(Z_t + b_h + H_{t-1} W_hh) (9.4.5).
 
-    Arrays:
-        Z (T, n, h): read, X_t W_xh. Where ``pair.of_output`` is false, Z_t is overwritten with the
-            whole pre-activation, which φ′ will need.
-        states (T + 1, n, h): states[0] is read, h_0; states[1:] is written, H.
+    Arrays, those of sequences flat:
+        Z (T · n · h): read, X_t W_xh. Where ``pair.of_output`` is false, Z_t is overwritten with
+            the whole pre-activation, which φ′ will need.
+        states ((T + 1) · n · h): the first n · h are read, h_0; the rest is written, H.
         W_hh (h, h), b_h (h,): read.
 
-    T ≥ 1, n ≥ 1. Z may be states[1:], where ``pair.of_output``: each element of Z_t is read by the
-    thread that later writes the same element of H_t. Otherwise nothing may overlap.
+    T ≥ 1, n ≥ 1. Z may be the part of states that is written, where ``pair.of_output``: each
+    element of Z_t is read by the thread that later writes the same element of H_t. Otherwise
+    nothing may overlap.
 
     Who does what: the thread that owns column j (``tile``) reads Z[t, r, j], applies φ and writes
-    H[t, r, j] for each row r of its block. Z_{t+1} is fetched while step t computes, and
-    where a block has one row Z_{t+4} is brought to the L2 cache.
+    H[t, r, j] for each row r of its block. Z_{t+1} is fetched while step t computes, and where a
+    block has one row Z_{t+4} is brought to the L2 cache.
 
     Barriers: the states of step t lie in one of two buffers in shared memory. A block writes those
     of t + 1 into the other and meets at one barrier. That orders this step's writes before the
     next step's reads, and this step's reads before the writes of the step after the next.
     """
-    R, S, own, depth, stride = tile.rows, tile.slices, tile.own, tile.depth, tile.stride
+    R, S, own, depth, stride, width = (
+        tile.rows,
+        tile.slices,
+        tile.own,
+        tile.depth,
+        tile.stride,
+        tile.h,
+    )
     C, kept, threads = tile.columns, tile.kept, uint32(tile.threads)
-    exact, keeps_z = tile.exact, not pair.of_output
+    exact, keeps_z, looks_ahead = tile.exact, not pair.of_output, R == 1
     real, load_value, store_value, phi = storage.real, storage.load, storage.store, pair.phi
     load, multiply, reduce = product(tile, real, load_value, transposed=False)
     h, k_depth, group_columns = uint32(tile.h), uint32(depth), uint32(C)
     lanes, owned, rows = uint32(S), uint32(own), uint32(R)
     pieces = uint32(2 * R * S)
     zero, first, one, ahead = real(0), uint32(0), uint32(1), uint32(AHEAD)
-    looks_ahead = R == 1
 
-    def resident_forward(Z, states, W_hh, b_h):
+    def resident_forward(Z, states, W_hh, b_h, T, n):
         v = cuda.shared.array((2, R, S, stride), real, alignment=16)
         ws = cuda.shared.array(0, real, alignment=16)
         w = cuda.local.array((kept, C), real)
@@ -67,11 +74,13 @@ def forward(tile: Tile, pair: Pair, storage: Storage) -> Callable[..., None]:
         z = cuda.local.array((R, own), real)
         b = cuda.local.array(own, real)
 
-        T, n = uint32(Z.shape[0]), uint32(Z.shape[1])
+        T, n = uint32(T), uint32(n)
         thread = uint32(cuda.threadIdx.x)
         s, group = thread % lanes, thread // lanes
         row = uint32(cuda.blockIdx.x) * rows
         column = group * group_columns + s * owned
+        step = uint64(n) * uint64(h)
+        at = uint64(row) * uint64(h) + uint64(column)  # of the first number the thread owns
 
         load(W_hh, w, ws, s * k_depth, group * group_columns)
         for piece in range(thread, pieces, threads):  # padding must be finite: it meets weights 0
@@ -86,10 +95,9 @@ def forward(tile: Tile, pair: Pair, storage: Storage) -> Callable[..., None]:
             for r in range(R):
                 z[r, p] = zero
                 if row + uint32(r) < n and (exact or j < h):
-                    z[r, p] = load_value(Z[first, row + uint32(r), j])
-                    v[first, r, j // k_depth, j % k_depth] = load_value(
-                        states[first, row + uint32(r), j]
-                    )
+                    place = at + uint64(r * width + p)
+                    z[r, p] = load_value(Z[place])
+                    v[first, r, j // k_depth, j % k_depth] = load_value(states[place])
         cuda.syncthreads()
 
         now = first
@@ -106,15 +114,18 @@ def forward(tile: Tile, pair: Pair, storage: Storage) -> Callable[..., None]:
                     j = column + uint32(p)
                     a = acc[r, p] + (z[r, p] + b[p])
                     if row + uint32(r) < n and (exact or j < h):
+                        place = at + uint64(r * width + p)
+                        after = place + step
                         if more:
-                            z[r, p] = load_value(Z[t + one, row + uint32(r), j])
+                            z[r, p] = load_value(Z[after])
                         if looks_ahead and t + ahead < T:
-                            prefetch_l2(Z, t + ahead, row + uint32(r), j)
+                            prefetch_l2(Z, place + uint64(ahead) * step)
                         if keeps_z:
-                            Z[t, row + uint32(r), j] = store_value(a)
+                            Z[place] = store_value(a)
                         H = store_value(phi(a))
-                        states[t + one, row + uint32(r), j] = H
+                        states[after] = H
                         v[now, r, j // k_depth, j % k_depth] = load_value(H)
+            at += step
             cuda.syncthreads()
 
     return resident_forward
@@ -123,33 +134,39 @@ def forward(tile: Tile, pair: Pair, storage: Storage) -> Callable[..., None]:
 def backward(
     tile: Tile, pair: Pair, storage: Storage, *, scaled: bool = False
 ) -> Callable[..., None]:
-    """Build ``kernel(dH, A, grads, W_hh)``, with ``scaled`` ``kernel(dH, A, grads, W_hh, xi)``.
+    """Build ``kernel(dH, A, grads, W_hh, T, n)``; ``scaled``: ``(dH, A, grads, W_hh, xi, T, n)``.
 
     dZ_t = φ′ · (dH_t + ξ_{t+1} dZ_{t+1} W_hhᵀ) from the last step, which takes nothing from beyond,
     to the first; what flows out of that is dh_0 (9.7.2).
 
-    Arrays:
-        dH (T, n, h): read, the derivative by each H_t as output of its step.
-        A (T, n, h): read, what φ′ wants: H where ``pair.of_output``, else the pre-activations.
-        grads (T + 1, n, h): written. grads[1:] is dZ, grads[0] is dh_0.
+    Arrays, those of sequences flat:
+        dH (T · n · h): read, the derivative by each H_t as output of its step.
+        A (T · n · h): read, what φ′ wants: H where ``pair.of_output``, else the pre-activations.
+        grads ((T + 1) · n · h): written, dh_0 and then dZ.
         W_hh (h, h): read.
         xi (T,) of ``storage.real``: read, ξ_t scales what flows from step t to the state before it.
 
-    T ≥ 1, n ≥ 1. Nothing may overlap, but dH may be grads[1:]: each element of dH_t is read by the
-    thread that later writes the same element of dZ_t.
+    T ≥ 1, n ≥ 1. Nothing may overlap, but dH may be the dZ of grads: each element of dH_t is read
+    by the thread that later writes the same element of dZ_t.
 
     Who does what, and the barriers: as in ``forward``, with dZ_t in place of H_{t-1}.
     """
-    R, S, own, depth, stride = tile.rows, tile.slices, tile.own, tile.depth, tile.stride
+    R, S, own, depth, stride, width = (
+        tile.rows,
+        tile.slices,
+        tile.own,
+        tile.depth,
+        tile.stride,
+        tile.h,
+    )
     C, kept, threads = tile.columns, tile.kept, uint32(tile.threads)
-    exact = tile.exact
+    exact, looks_ahead = tile.exact, R == 1
     real, load_value, store_value, dphi = storage.real, storage.load, storage.store, pair.dphi
     load, multiply, reduce = product(tile, real, load_value, transposed=True)
     h, k_depth, group_columns = uint32(tile.h), uint32(depth), uint32(C)
     lanes, owned, rows = uint32(S), uint32(own), uint32(R)
     pieces = uint32(2 * R * S)
     zero, first, one, ahead = real(0), uint32(0), uint32(1), uint32(AHEAD)
-    looks_ahead = R == 1
     unscaled = real(1)
 
     @device
@@ -163,7 +180,7 @@ def backward(
     factor = factor_of if scaled else no_factor
 
     @device
-    def body(dH, A, grads, W_hh, xi):
+    def body(dH, A, grads, W_hh, xi, T, n):
         v = cuda.shared.array((2, R, S, stride), real, alignment=16)
         ws = cuda.shared.array(0, real, alignment=16)
         w = cuda.local.array((kept, C), real)
@@ -171,11 +188,13 @@ def backward(
         dh = cuda.local.array((R, own), real)
         a = cuda.local.array((R, own), real)
 
-        T, n = uint32(dH.shape[0]), uint32(dH.shape[1])
         thread = uint32(cuda.threadIdx.x)
         s, group = thread % lanes, thread // lanes
         row = uint32(cuda.blockIdx.x) * rows
         column = group * group_columns + s * owned
+        step = uint64(n) * uint64(h)
+        begin = uint64(row) * uint64(h) + uint64(column)  # of the first number the thread owns
+        at = begin + uint64(T - one) * step
 
         load(W_hh, w, ws, s * k_depth, group * group_columns)
         for piece in range(thread, pieces, threads):  # padding must be finite: it meets weights 0
@@ -188,8 +207,9 @@ def backward(
                 dh[r, p] = zero
                 a[r, p] = zero
                 if row + uint32(r) < n and (exact or j < h):
-                    dh[r, p] = load_value(dH[T - one, row + uint32(r), j])
-                    a[r, p] = load_value(A[T - one, row + uint32(r), j])
+                    place = at + uint64(r * width + p)
+                    dh[r, p] = load_value(dH[place])
+                    a[r, p] = load_value(A[place])
             for c in range(C):
                 acc[r, c] = zero
 
@@ -200,15 +220,16 @@ def backward(
                 for p in range(own):
                     j = column + uint32(p)
                     if row + uint32(r) < n and (exact or j < h):
+                        place = at + uint64(r * width + p)
                         dZ = (dh[r, p] + acc[r, p]) * dphi(a[r, p])
-                        grads[t + one, row + uint32(r), j] = store_value(dZ)
+                        grads[place + step] = store_value(dZ)
                         v[now, r, j // k_depth, j % k_depth] = dZ
                         if t > first:
-                            dh[r, p] = load_value(dH[t - one, row + uint32(r), j])
-                            a[r, p] = load_value(A[t - one, row + uint32(r), j])
+                            dh[r, p] = load_value(dH[place - step])
+                            a[r, p] = load_value(A[place - step])
                         if looks_ahead and t >= ahead:
-                            prefetch_l2(dH, t - ahead, row + uint32(r), j)
-                            prefetch_l2(A, t - ahead, row + uint32(r), j)
+                            prefetch_l2(dH, place - uint64(ahead) * step)
+                            prefetch_l2(A, place - uint64(ahead) * step)
                 for c in range(C):
                     acc[r, c] = zero
             cuda.syncthreads()
@@ -218,21 +239,22 @@ def backward(
                 for p in range(own):
                     acc[r, p] *= factor(xi, t)
             now = one - now
+            at -= step
 
         for r in range(R):
             for p in range(own):
                 j = column + uint32(p)
                 if row + uint32(r) < n and (exact or j < h):
-                    grads[first, row + uint32(r), j] = store_value(acc[r, p])
+                    grads[begin + uint64(r * width + p)] = store_value(acc[r, p])
 
     if scaled:
 
-        def resident_backward_scaled(dH, A, grads, W_hh, xi):
-            body(dH, A, grads, W_hh, xi)
+        def resident_backward_scaled(dH, A, grads, W_hh, xi, T, n):
+            body(dH, A, grads, W_hh, xi, uint32(T), uint32(n))
 
         return resident_backward_scaled
 
-    def resident_backward(dH, A, grads, W_hh):
-        body(dH, A, grads, W_hh, W_hh)
+    def resident_backward(dH, A, grads, W_hh, T, n):
+        body(dH, A, grads, W_hh, W_hh, uint32(T), uint32(n))
 
     return resident_backward

@@ -43,7 +43,9 @@ def launch(kind: str, tile: Tile, arrays: Sequence[Array], n: int, dtype: str) -
         KernelSpec(kind, tile, "tanh", dtype),  # type: ignore[arg-type]
         (-(-n // tile.rows), 1, 1),
         (tile.threads, 1, 1),
-        arrays,
+        [a.reshape(-1) if a.ndim == 3 else a for a in arrays],
+        len(arrays[0]),
+        n,
         shared=tile.shared_weights * size,
     )
 

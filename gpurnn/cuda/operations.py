@@ -80,14 +80,15 @@ def _recurrence(
     b_h: Array,
     activation: AnyActivation,
 ) -> None:
-    arrays = (Z, states, W_hh, b_h)
+    T, n, _ = Z.shape
     if plan.kernel == "resident":
         spec = _spec("resident_forward", plan.tile, activation, W_hh.dtype)
-        engine.launch(spec, plan.grid, plan.block, arrays, shared=plan.shared)
+        flat = (Z.reshape(-1), states.reshape(-1), W_hh, b_h)
+        engine.launch(spec, plan.grid, plan.block, flat, T, n, shared=plan.shared)
         return
     spec = _spec("step_forward", SIDE, activation, W_hh.dtype)
-    for t in range(len(Z)):
-        engine.launch(spec, plan.grid, plan.block, arrays, t)
+    for t in range(T):
+        engine.launch(spec, plan.grid, plan.block, (Z, states, W_hh, b_h), t)
 
 
 def _input_product(engine: Engine, X: Array, W_xh: Array, Z: Array) -> None:
@@ -121,14 +122,17 @@ def rnn_backward(
             empty = (xp.zeros(shape, dtype) for shape in ((n, h), (d, h), (h, h), (h,)))
             return dX, *empty
         grads = xp.empty((T + 1, n, h), dtype)
-        arrays = [dH, states[1:] if Z is None else Z, grads, W_hh]
+        A = states[1:] if Z is None else Z
+        weights = [W_hh]
         if xi is not None:
-            arrays.append(xi.astype(REAL[dtype_name(dtype)], copy=False))
+            weights.append(xi.astype(REAL[dtype_name(dtype)], copy=False))
         scaled = xi is not None
         if plan.kernel == "resident":
             spec = _spec("resident_backward", plan.tile, activation, dtype, scaled=scaled)
-            engine.launch(spec, plan.grid, plan.block, arrays, shared=plan.shared)
+            flat = [dH.reshape(-1), A.reshape(-1), grads.reshape(-1), *weights]
+            engine.launch(spec, plan.grid, plan.block, flat, T, n, shared=plan.shared)
         else:
+            arrays = [dH, A, grads, *weights]
             spec = _spec("step_backward", SIDE, activation, dtype, scaled=scaled)
             for i in range(T, -1, -1):
                 engine.launch(spec, plan.grid, plan.block, arrays, i)

@@ -19,8 +19,8 @@ STORED = {"float32": "float32", "float64": "float64", "float16": "uint16", "bflo
 
 # Axes of each array argument in its order; "i" stands for an integer.
 ARGUMENTS: dict[str, tuple[int | str, ...]] = {
-    "resident_forward": (3, 3, 2, 1),
-    "resident_backward": (3, 3, 3, 2),
+    "resident_forward": (1, 1, 2, 1, "i", "i"),
+    "resident_backward": (1, 1, 1, 2, "i", "i"),
     "step_forward": (3, 3, 2, 1, "i"),
     "step_concatenated": (3, 3, 3, 2, 2, 1, "i"),
     "step_backward": (3, 3, 3, 2, "i"),
@@ -73,9 +73,8 @@ def signature(spec: KernelSpec) -> tuple[ArraySpec | None, ...]:
     arguments = [
         None if axes == "i" else ArraySpec(stored, int(axes)) for axes in ARGUMENTS[spec.kind]
     ]
-    if spec.scaled:  # after the arrays, before the integer
-        at = len(arguments) - (arguments[-1] is None)
-        arguments.insert(at, ArraySpec(REAL[spec.dtype], 1))
+    if spec.scaled:  # after the other arrays, before the integers
+        arguments.insert(arguments.index(None), ArraySpec(REAL[spec.dtype], 1))
     return tuple(arguments)
 
 
