@@ -46,8 +46,9 @@ class Activation:
         name: what to call it; the name of ``f`` by default.
 
     Constants may be literals, globals or closed-over variables; what they are when the function is
-    compiled stays. In float32 they are float32, whereas an attribute such as ``math.pi`` is a
-    float64 and draws the arithmetic around it along: write ``pi = math.pi`` outside.
+    compiled stays. In float32 they are float32 (integers within ±32,767), whereas an attribute such
+    as ``math.pi`` is a float64 and draws the arithmetic around it along: write ``pi = math.pi``
+    outside. Each ``Activation`` is compiled into kernels of its own: make one and keep it.
 
     On creation ``df`` is held against central differences of ``f`` in float64, at some 260 points
     between −1300 and 1300, most of them in [−8, 8]: where two steps agree on the slope, ``df`` must

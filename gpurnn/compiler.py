@@ -5,6 +5,7 @@ kernel's arguments are arrays in C order and 64-bit integers. In machine code an
 64-bit numbers, as Numba lays it out: ``packed`` makes them.
 """
 
+import importlib.metadata
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,16 @@ __all__ = [
     "toolchain",
 ]
 
-SECTION = re.compile(rb"\0\.text\.(\w+)\0")  # of an ELF file's table of names
+SECTION = re.compile(rb"\0\.text\.(\w+)(?=\0)")  # of an ELF file's table of names
+TOOLCHAIN = (
+    "numba",
+    "numba-cuda",
+    "llvmlite",
+    "nvidia-nvvm",
+    "nvidia-nvjitlink",
+    "cuda-core",
+    "cuda-bindings",
+)
 ENTRY = re.compile(r"\.visible\s+\.entry\s+(\w+)\s*\(")
 
 
@@ -44,11 +54,14 @@ class Compiled:
 
 def toolchain() -> str:
     """Return the versions that machine code depends on, in one line."""
-    import importlib.metadata
+    return " ".join(f"{name}={_version(name)}" for name in TOOLCHAIN)
 
-    names = ("numba", "numba-cuda", "nvidia-nvvm", "nvidia-nvjitlink", "cuda-core")
-    found = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
-    return " ".join(f"{name}={found.get(name, 'none')}" for name in names)
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
 
 
 def ptx_of(

@@ -14,10 +14,19 @@ the layers (``rnn_forward`` to ``linear_backward``) also take arrays on a CUDA G
 library that hands them out by DLPack or ``__cuda_array_interface__``, all on one device; they run
 ``gpurnn.kernels`` there, on CuPy's current stream, without waiting for the result, and return CuPy
 arrays. Within ``gpurnn.emulated()`` they run the same kernels on NumPy arrays. Kernels also take
-float16 and bfloat16, multiplied and summed as float32; nobody looks for NaN in their results, which
-would mean to wait. Nothing is copied between host and device, and nothing falls back in silence.
+float16 and bfloat16, multiplied and summed as float32, each array of a result rounded once. Nothing
+is copied between host and device, and nothing falls back in silence.
+
+Nobody looks for NaN in what kernels compute, which would mean to wait; an infinite gradient makes
+NaN of a whole column of dW_xh where X are ids. The same arguments give the same bits each time,
+and in the recurrence a row's bits depend on no other row; the products before and after it are
+cuBLAS's, whose order of summation may depend on T and n. An array handed over by another library
+must stay alive, and be used on CuPy's stream or one that waits for it, until the GPU is done. The
+first call of a shape compiles and sets up; only later ones can be captured in a CUDA graph, as far
+as CuPy lets a product be captured.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +105,11 @@ def _placed(arguments: dict[str, object]) -> tuple[Engine | None, list[Any], val
     return engine, values, validate.kernels_place(engine.xp) if engine else validate.HOST
 
 
+def _there(engine: Engine | None) -> AbstractContextManager[object]:
+    """Return the context in which arrays are looked at where they lie."""
+    return nullcontext() if engine is None else engine.here()
+
+
 def _beside(
     engine: Engine | None, arguments: dict[str, object]
 ) -> tuple[list[Any], validate.Place]:
@@ -146,17 +160,19 @@ def rnn_forward(
         TypeError: an argument is no array, or of another dtype or in another memory than the rest.
         ValueError: a shape does not fit, an id is out of range, the activation is unknown, or an
             argument holds a NaN. (Each NaN that is computed with reaches the final state, so that
-            one look at h_T finds it. A row of W_xh that no id picks is not computed with.) Or a
-            kernel is named that there is not, that has no GPU to run on, or that cannot hold h.
+            one look at h_T finds it. A row of W_xh that no id picks is not computed with. Kernels
+            let NaN pass.) Or a kernel is named that there is not, that has no GPU to run on, or
+            that cannot hold h.
     """
     if kernel is not None:
         validate.choice("kernel", kernel, KERNELS)
     engine, (X, h_0, W_xh, W_hh, b_h), place = _placed(
         {"X": X, "h_0": h_0, "W_xh": W_xh, "W_hh": W_hh, "b_h": b_h}
     )
-    arguments = validate.rnn_forward(
-        X, h_0, W_xh, W_hh, b_h, activation, place, check_ids=check_ids
-    )
+    with _there(engine):
+        arguments = validate.rnn_forward(
+            X, h_0, W_xh, W_hh, b_h, activation, place, check_ids=check_ids
+        )
     if engine is not None:
         return _rnn_forward_by_kernels(engine, kernel, arguments)
     if kernel is not None:
@@ -216,7 +232,8 @@ def rnn_backward(
     """
     r = residuals
     (dH, xi), place = _beside(r.engine, {"dH": dH, "xi": xi})
-    dH_, xi_ = validate.rnn_backward(dH, r.states[1:], xi, place)
+    with _there(r.engine):
+        dH_, xi_ = validate.rnn_backward(dH, r.states[1:], xi, place)
     if r.engine is not None and r.plan is not None:
         dX, dh_0, dW_xh, dW_hh, db_h = operations.rnn_backward(
             r.engine, r.plan, dH_, r.X, r.states, r.Z, r.W_xh, r.W_hh, r.activation, xi_
@@ -239,7 +256,8 @@ def hidden_layer(
     A hidden *layer*: unlike ``rnn_forward`` it has no hidden *state*.
     """
     engine, (X, W_xh, b_h), place = _placed({"X": X, "W_xh": W_xh, "b_h": b_h})
-    X_, W_xh_, b_h_, phi = validate.hidden_layer(X, W_xh, b_h, activation, place)
+    with _there(engine):
+        X_, W_xh_, b_h_, phi = validate.hidden_layer(X, W_xh, b_h, activation, place)
     if engine is not None:
         H, Z = operations.hidden_layer(engine, X_, W_xh_, b_h_, phi)
         return H, HiddenResiduals(X_, H, Z, W_xh_, b_h_ is not None, phi, engine)
@@ -256,7 +274,8 @@ def hidden_layer_backward(
     """Return dX, dW_xh, db_h (None without bias) of ``hidden_layer``; dH has H's shape."""
     r = residuals
     (dH,), place = _beside(r.engine, {"dH": dH})
-    dH_ = validate.like("dH", dH, "H", r.H, place)
+    with _there(r.engine):
+        dH_ = validate.like("dH", dH, "H", r.H, place)
     if r.engine is not None:
         dX, dW_xh, db_h = operations.hidden_layer_backward(
             r.engine, dH_, r.X, r.H, r.Z, r.W_xh, r.activation
@@ -272,10 +291,12 @@ def hidden_layer_backward(
 def linear(H: Floats, W_hq: Floats, b_q: Floats | None = None) -> Floats:
     """O = H W_hq + b_q (9.4.6): H (…, h), W_hq (h, q), b_q (q,) or None → O (…, q).
 
-    For H (T, n, h) it is one product for each step, so that a step's O has the same bits alone.
+    For a NumPy H (T, n, h) it is one product for each step, so that a step's O has the same bits
+    alone; on a GPU one product for all.
     """
     engine, (H, W_hq, b_q), place = _placed({"H": H, "W_hq": W_hq, "b_q": b_q})
-    H_, W_hq_, b_q_ = validate.linear(H, W_hq, b_q, place)
+    with _there(engine):
+        H_, W_hq_, b_q_ = validate.linear(H, W_hq, b_q, place)
     if engine is not None:
         result: Floats = operations.linear(engine, H_, W_hq_, b_q_)
         return result
@@ -289,7 +310,8 @@ def linear(H: Floats, W_hq: Floats, b_q: Floats | None = None) -> Floats:
 def linear_backward(dO: Floats, H: Floats, W_hq: Floats) -> tuple[Floats, Floats, Floats]:
     """Return dH (…, h), dW_hq (h, q), db_q (q,) of ``linear``; dO is (…, q)."""
     engine, (dO, H, W_hq), place = _placed({"dO": dO, "H": H, "W_hq": W_hq})
-    dO_, H_, W_hq_ = validate.linear_backward(dO, H, W_hq, place)
+    with _there(engine):
+        dO_, H_, W_hq_ = validate.linear_backward(dO, H, W_hq, place)
     if engine is not None:
         return operations.linear_backward(engine, dO_, H_, W_hq_)
     with _quiet():

@@ -39,6 +39,7 @@ SIDE = 16  # of the step kernel's square blocks
 MOST_THREADS = 256  # of a resident block: beyond that a thread has fewer than 255 registers
 STATIC_SHARED = 48 * 1024  # bytes a kernel may declare
 MOST_GRID_Y = 65_535
+MOST_ROWS = 2**31  # indices of steps and rows are 32-bit, and so are cuBLAS's sizes
 
 # Of a resident step, in cycles.
 LATENCY = 250.0  # shared loads, the sum over lanes, φ, one barrier
@@ -137,13 +138,23 @@ def plan(
     Raises:
         ValueError: the kernel named cannot hold this shape; the message says what would.
     """
-    for name, size, least in (("T", T, 0), ("n", n, 0), ("d", d, 1), ("h", h, 1)):
+    for name, size, least in (("T", T, 0), ("n", n, 0), ("d", d, 0), ("h", h, 1)):
         if not isinstance(size, int) or isinstance(size, bool):
             raise TypeError(f"{name} is {size!r}: expected an integer")
-        if size < least:
-            raise ValueError(f"{name} is {size}: expected at least {least}")
+        if not least <= size < MOST_ROWS:
+            raise ValueError(f"{name} is {size}: expected at least {least} and less than 2³¹")
+    if T * n >= MOST_ROWS:
+        raise ValueError(
+            f"T · n is {T} · {n}: expected less than 2³¹, the rows of one matrix product"
+        )
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}: expected one of {', '.join(DTYPES)}")
+    if dtype == "bfloat16" and device.compute_capability < (8, 0):
+        major, minor = device.compute_capability
+        raise ValueError(
+            f"dtype is 'bfloat16' and {device.name} has compute capability {major}.{minor}: "
+            "expected 8.0 or higher, or another dtype"
+        )
     if kernel is not None and kernel not in KERNELS:
         raise ValueError(f"kernel is {kernel!r}: expected None or one of {', '.join(KERNELS)}")
     return _plan(T, n, h, dtype, device, kernel)
@@ -291,14 +302,12 @@ def tiled_grid(rows: int, columns: int) -> tuple[int, int, int]:
     """Return the grid of square blocks that covers a matrix.
 
     Raises:
-        ValueError: the matrix has more rows than a grid of such blocks.
+        ValueError: there are more columns than a grid has room for.
     """
-    across, down = -(-columns // SIDE), -(-rows // SIDE)
-    if down > MOST_GRID_Y:
-        raise ValueError(
-            f"a tiled kernel takes up to {MOST_GRID_Y * SIDE:,} rows: there are {rows:,}"
-        )
-    return max(1, across), max(1, down), 1
+    down, across = -(-rows // SIDE), -(-columns // SIDE)
+    if across > MOST_GRID_Y:
+        raise ValueError(f"h is {columns:,}: a grid has room for {MOST_GRID_Y * SIDE:,}")
+    return max(1, down), max(1, across), 1
 
 
 def _count(number: int, one: str, many: str | None = None) -> str:

@@ -28,8 +28,8 @@ def forward(side: int, pair: Pair, storage: Storage) -> Callable[..., None]:
 
     def layer_forward(X, Z, H, W_xh, b_h):
         n, h = uint32(H.shape[0]), uint32(H.shape[1])
-        row = uint32(cuda.blockIdx.y) * width + uint32(cuda.threadIdx.y)
-        j = uint32(cuda.blockIdx.x) * width + uint32(cuda.threadIdx.x)
+        row = uint32(cuda.blockIdx.x) * width + uint32(cuda.threadIdx.y)
+        j = uint32(cuda.blockIdx.y) * width + uint32(cuda.threadIdx.x)
         a = dot(X, W_xh, row, j)
         if row < n and j < h:
             a += load_value(b_h[j])

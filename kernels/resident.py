@@ -216,6 +216,7 @@ def backward(
         now = first
         for steps_after in range(first, T):
             t = T - one - steps_after
+            scale = factor(xi, t)  # fetched long before it is wanted
             for r in range(R):
                 for p in range(own):
                     j = column + uint32(p)
@@ -237,7 +238,7 @@ def backward(
             reduce(acc, s, 0, 0, 0)
             for r in range(R):
                 for p in range(own):
-                    acc[r, p] *= factor(xi, t)
+                    acc[r, p] *= scale
             now = one - now
             at -= step
 

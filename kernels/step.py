@@ -4,8 +4,8 @@ The plain version, to be read first, and the one that takes any shape. Nothing i
 between steps: each reads W_hh again, and starts where the launch before it ended.
 
 All kernels here are launched with blocks of (side, side) threads and a grid of
-(⌈h / side⌉, ⌈n / side⌉). Thread (x, y) computes one number, in column ``blockIdx.x · side + x`` and
-row ``blockIdx.y · side + y``.
+(⌈n / side⌉, ⌈h / side⌉). Thread (x, y) computes one number, in row ``blockIdx.x · side + y`` and
+column ``blockIdx.y · side + x``.
 """
 
 from collections.abc import Callable
@@ -39,8 +39,8 @@ def forward(side: int, pair: Pair, storage: Storage) -> Callable[..., None]:
     def step_forward(Z, states, W_hh, b_h, t):
         t = uint32(t)
         n, h = uint32(states.shape[1]), uint32(states.shape[2])
-        row = uint32(cuda.blockIdx.y) * width + uint32(cuda.threadIdx.y)
-        j = uint32(cuda.blockIdx.x) * width + uint32(cuda.threadIdx.x)
+        row = uint32(cuda.blockIdx.x) * width + uint32(cuda.threadIdx.y)
+        j = uint32(cuda.blockIdx.y) * width + uint32(cuda.threadIdx.x)
         recurrent = dot(states[t], W_hh, row, j)
         if row < n and j < h:
             a = recurrent + (load_value(Z[t, row, j]) + load_value(b_h[j]))
@@ -67,8 +67,8 @@ def concatenated(side: int, pair: Pair, storage: Storage) -> Callable[..., None]
     def step_concatenated(X, Z, states, W_xh, W_hh, b_h, t):
         t = uint32(t)
         n, h = uint32(states.shape[1]), uint32(states.shape[2])
-        row = uint32(cuda.blockIdx.y) * width + uint32(cuda.threadIdx.y)
-        j = uint32(cuda.blockIdx.x) * width + uint32(cuda.threadIdx.x)
+        row = uint32(cuda.blockIdx.x) * width + uint32(cuda.threadIdx.y)
+        j = uint32(cuda.blockIdx.y) * width + uint32(cuda.threadIdx.x)
         both = dot(X[t], W_xh, row, j) + dot(states[t], W_hh, row, j)
         if row < n and j < h:
             a = both + load_value(b_h[j])
@@ -113,8 +113,8 @@ def backward(
     @device
     def body(dH, A, grads, W_hh, xi, i):
         T, n, h = uint32(dH.shape[0]), uint32(dH.shape[1]), uint32(dH.shape[2])
-        row = uint32(cuda.blockIdx.y) * width + uint32(cuda.threadIdx.y)
-        j = uint32(cuda.blockIdx.x) * width + uint32(cuda.threadIdx.x)
+        row = uint32(cuda.blockIdx.x) * width + uint32(cuda.threadIdx.y)
+        j = uint32(cuda.blockIdx.y) * width + uint32(cuda.threadIdx.x)
         dh = zero
         if i < T:  # the same for all threads
             dh = dot(grads[i + one], W_hh, row, j) * factor(xi, i)

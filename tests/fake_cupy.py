@@ -45,8 +45,35 @@ class Array(np.ndarray):  # type: ignore[type-arg]
     def data(self) -> Any:
         return types.SimpleNamespace(ptr=self.ctypes.data)
 
+    def _here(self) -> None:
+        assert FakeCuPy.current.id == self.device.id, "used while another device is the current one"
+
+    def min(self, *a: Any, **k: Any) -> Any:
+        self._here()
+        return super().min(*a, **k)
+
+    def max(self, *a: Any, **k: Any) -> Any:
+        self._here()
+        return super().max(*a, **k)
+
+    def astype(self, *a: Any, **k: Any) -> Any:
+        self._here()
+        return super().astype(*a, **k)
+
+    def fill(self, value: Any) -> None:
+        self._here()
+        super().fill(value)
+
+    def __iadd__(self, other: Any) -> Any:
+        self._here()
+        return super().__iadd__(other)
+
     def __dlpack_device__(self) -> tuple[int, int]:
         return 2, self.device.id
+
+
+class CUDARuntimeError(RuntimeError):
+    """What CuPy raises where CUDA refuses."""
 
 
 class Device:
@@ -80,7 +107,8 @@ class Function:
     ) -> None:
         assert FakeCuPy.current.id == self.device, "launched on a device it is not loaded on"
         assert all(type(a) is int for a in arguments)
-        assert shared_mem <= self.fake.allowed.get(self.ptr, 48 * 1024)
+        assert shared_mem <= self.fake.allowed.get(self.ptr, 0)
+        self.fake.streams.append("kernel")
         rest, values = list(arguments), []
         for expected in signature(self.spec):
             if expected is None:
@@ -113,22 +141,32 @@ class FakeCuPy(types.ModuleType):
         self.allowed: dict[int, int] = {}
         self.specs: list[KernelSpec] = []
         self.allocations_left: int | None = None
+        self.devices = 8
+        self.streams: list[str] = []
         self.ndarray = Array
         FakeCuPy.current = Device(0)
         FakeCuPy.stack = []
         self.cuda = types.SimpleNamespace(
             Device=Device,
             Module=lambda: Module(self),
-            get_current_stream=lambda: types.SimpleNamespace(synchronize=lambda: None),
+            get_current_stream=lambda: types.SimpleNamespace(
+                synchronize=lambda: self.streams.append("wait")
+            ),
             runtime=types.SimpleNamespace(
+                CUDARuntimeError=CUDARuntimeError,
                 deviceGetAttribute=lambda attribute, device: ATTRIBUTES[attribute],
-                getDeviceProperties=lambda device: {"name": b"a GPU that is none"},
+                getDeviceProperties=self._properties,
             ),
             driver=types.SimpleNamespace(
                 CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8,
                 funcSetAttribute=self._allow,
             ),
         )
+
+    def _properties(self, device: int) -> dict[str, bytes]:
+        if device >= self.devices:
+            raise CUDARuntimeError("cudaErrorInvalidDevice: invalid device ordinal")
+        return {"name": b"a GPU that is none"}
 
     def _allow(self, function: int, attribute: int, value: int) -> None:
         assert attribute == 8
@@ -170,6 +208,7 @@ class FakeCuPy(types.ModuleType):
         np.matmul(a.view(np.ndarray), b.view(np.ndarray), out=out.view(np.ndarray))
 
     def take(self, a: Any, ids: Any, axis: int, out: Any) -> None:
+        assert a.device.id == ids.device.id == out.device.id == FakeCuPy.current.id
         np.take(a, ids, axis=axis, out=out)
 
     def argwhere(self, a: Any) -> Any:
@@ -177,10 +216,12 @@ class FakeCuPy(types.ModuleType):
 
     def asarray(self, a: Any, dtype: Any = None, order: str = "C") -> Any:
         assert isinstance(a, Array)
-        return a if dtype is None else a.astype(dtype, copy=False)
+        if dtype is None or (a.dtype == dtype and a.flags.c_contiguous):
+            return a
+        return self.new(a.view(np.ndarray).astype(dtype, order=order))
 
     def ascontiguousarray(self, a: Any) -> Any:
-        return a if a.flags.c_contiguous else self.new(a)
+        return a if a.flags.c_contiguous else self.new(np.ascontiguousarray(a.view(np.ndarray)))
 
     def from_dlpack(self, a: Any) -> Any:
         return a.__dlpack__()
@@ -197,7 +238,7 @@ class Module:
         self.fake.loads.append((self.spec, FakeCuPy.current.id))
 
     def get_function(self, name: str) -> Function:
-        assert name == self.spec.kind
+        assert name == build(self.spec).__name__
         return Function(self.fake, self.spec)
 
 
@@ -212,7 +253,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeCuPy:
 
     monkeypatch.setitem(__import__("sys").modules, "cupy", fake)
     monkeypatch.setattr(engines, "cubin", cubin)
-    monkeypatch.setattr(compiler, "entry_of", lambda code: fake.specs[int(code)].kind)
+    monkeypatch.setattr(compiler, "entry_of", lambda code: build(fake.specs[int(code)]).__name__)
     for cached in (engines.cupy, engines.limits_of, engines._function):
         cached.cache_clear()
     return fake

@@ -1,5 +1,6 @@
 """What the host does for a GPU, without one: CuPy is a stand-in and the kernels are emulated."""
 
+import dataclasses
 import gc
 import weakref
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from tolerance import assert_same_bits
 
 import gpurnn
 from gpurnn import functional as F
+from gpurnn import planning
 from gpurnn.cuda import engines, operations
 from gpurnn.cuda.specs import KernelSpec
 
@@ -112,6 +114,31 @@ def test_everything_lies_where_the_arguments_lie(cupy: fake_cupy.FakeCuPy) -> No
     assert cupy.cuda.Device().id == 0, "the current device is the caller's"
 
 
+def test_arguments_that_must_be_copied_are_copied_where_they_lie(
+    cupy: fake_cupy.FakeCuPy,
+) -> None:
+    """Though another device is the current one: ids of another type, weights transposed."""
+    drawn = draw(ODD, dtype=np.float32)
+    with cupy.cuda.Device(3):
+        ids, dH = cupy.new(drawn.ids.astype(np.int32)), cupy.new(drawn.dH.transpose(1, 0, 2))
+        dH = dH.transpose(1, 0, 2)
+        h_0, W_xh, b_h = (cupy.new(a) for a in (drawn.h_0, drawn.W_xh, drawn.b_h))
+        W_hh = cupy.new(drawn.W_hh.T).T
+    with gpurnn.emulated():
+        expected = run(drawn.arguments(by_id=True), drawn.dH)
+    found = run([ids, h_0, W_xh, W_hh, b_h], dH)
+    for name, a in found.items():
+        assert a.device.id == 3
+        assert_same_bits(name, a.view(np.ndarray), expected[name])
+    with cupy.cuda.Device(3):
+        flat = cupy.new(drawn.X.reshape(-1, ODD.d))
+        rows = cupy.new(drawn.dH.reshape(-1, ODD.h))
+    H, residuals = F.hidden_layer(flat[::2], W_xh, b_h)
+    arrays = [H, *F.hidden_layer_backward(rows[::2], residuals), F.linear(flat[::2], W_xh, b_h)]
+    arrays += F.linear_backward(rows[::2], flat[::2], W_xh)
+    assert {a.device.id for a in arrays} == {3}
+
+
 def test_arrays_on_two_devices_are_refused(cupy: fake_cupy.FakeCuPy) -> None:
     drawn = draw(ODD, dtype=np.float32)
     arguments = [cupy.new(a) for a in drawn.arguments()]
@@ -174,11 +201,82 @@ def test_an_array_without_memory_is_refused(cupy: fake_cupy.FakeCuPy) -> None:
             return type("", (), {"ptr": 0})
 
     theirs[1] = theirs[1].view(Freed)
-    with pytest.raises(
-        ValueError, match=r"^h_0 is a .* without memory behind it: it has been free"
-    ):
+    with pytest.raises(ValueError, match=r"^h_0 has no memory behind it: it has been freed"):
         F.rnn_forward(*theirs)
     assert not cupy.launches
+
+
+def test_an_array_off_its_alignment_is_refused(cupy: fake_cupy.FakeCuPy) -> None:
+    theirs: list[Any] = [cupy.new(a) for a in draw(ODD, dtype=np.float32).arguments()]
+    size = theirs[1].nbytes
+    storage = cupy.new(np.zeros(size + 8, np.uint8))
+    begin = -storage.ctypes.data % 4 + 1
+    theirs[1] = storage[begin : begin + size].view(np.float32).reshape(theirs[1].shape)
+    with pytest.raises(
+        ValueError, match=r"^h_0 begins at the address \d+: expected a multiple of 4"
+    ):
+        F.rnn_forward(*theirs)
+
+
+def test_a_fault_of_the_gpu_is_not_blamed_on_the_array(cupy: fake_cupy.FakeCuPy) -> None:
+    theirs: list[Any] = [cupy.new(a) for a in draw(ODD, dtype=np.float32).arguments()]
+    theirs[2] = Foreign(None, fake_cupy.CUDARuntimeError("cudaErrorNoDevice"))
+    with pytest.raises(fake_cupy.CUDARuntimeError, match="cudaErrorNoDevice"):
+        F.rnn_forward(*theirs)
+
+
+def test_an_array_that_cannot_say_where_it_lies(cupy: fake_cupy.FakeCuPy) -> None:
+    class Sharded(Foreign):
+        def __dlpack_device__(self) -> tuple[int, int]:
+            raise BufferError("sharded over two devices")
+
+    theirs: list[Any] = [cupy.new(a) for a in draw(ODD, dtype=np.float32).arguments()]
+    theirs[0] = Sharded(theirs[0])
+    with pytest.raises(TypeError, match=r"Sharded that does not say where it lies \(sharded over"):
+        F.rnn_forward(*theirs)
+
+
+def test_arrays_that_know_the_older_interface_alone(
+    cupy: fake_cupy.FakeCuPy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Old:
+        def __init__(self, a: Any) -> None:
+            self.a = a
+            self.__cuda_array_interface__ = {"version": 3}
+
+    asarray = cupy.asarray
+    monkeypatch.setattr(
+        cupy, "asarray", lambda a, *rest, **k: asarray(getattr(a, "a", a), *rest, **k)
+    )
+    theirs = [cupy.new(a) for a in draw(ODD, dtype=np.float32).arguments()]
+    _, residuals = F.rnn_forward(*map(Old, theirs))
+    assert residuals.X is theirs[0] and residuals.W_hh is theirs[3]
+
+
+def test_constants_are_settled_before_another_stream_reads_them(
+    cupy: fake_cupy.FakeCuPy,
+) -> None:
+    drawn = draw(ODD, dtype=np.float32)
+    arguments = [cupy.new(a) for a in drawn.arguments(bias=False) if a is not None]
+    F.rnn_forward(*arguments, None)
+    assert cupy.streams == ["wait", "kernel"]
+    F.rnn_forward(*arguments, None)
+    assert cupy.streams == ["wait", "kernel", "kernel"]
+
+
+def test_what_the_gpu_is_asked_for(cupy: fake_cupy.FakeCuPy) -> None:
+    named = planning.DEVICES["H100"]
+    assert engines.limits_of(0) == dataclasses.replace(named, name="a GPU that is none")
+    with pytest.raises(ValueError, match=r"^CUDA device 9 cannot be used: cudaErrorInvalidDevice"):
+        gpurnn.plan(T=1, n=1, d=1, h=1, device=9)
+
+
+def test_machine_code_of_another_kernel_is_not_launched(
+    cupy: fake_cupy.FakeCuPy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines.compiler, "entry_of", lambda code: "step_forward")
+    with pytest.raises(RuntimeError, match="is that of another kernel, step_forward"):
+        F.rnn_forward(*(cupy.new(a) for a in draw(ODD, dtype=np.float32).arguments()))
 
 
 @pytest.mark.parametrize("bad", [-1, 7])
@@ -254,7 +352,6 @@ def test_a_plan_for_the_gpu_that_is_there(cupy: fake_cupy.FakeCuPy) -> None:
     here = gpurnn.plan(T=10, n=4, d=3, h=64)
     assert here == gpurnn.plan(T=10, n=4, d=3, h=64, device=0)
     assert here == gpurnn.plan(T=10, n=4, d=3, h=64, device="H100")
-    assert engines.limits_of(0).name == "a GPU that is none"
 
 
 def test_without_cupy_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,15 +1,18 @@
 """Kernels as machine code: parameters as the host packs them, compiled once, kept on disk."""
 
+import dataclasses
 import math
 import re
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import kernel_setup  # noqa: F401  (skips without what compiles kernels)
 import pytest
 
 import gpurnn
+import gpurnn.kernels
 from gpurnn import compiler, planning
 from gpurnn.cuda import machine_code
 from gpurnn.cuda.specs import ARGUMENTS, KernelSpec, build, signature
@@ -58,8 +61,7 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 )
 def test_the_kernel_s_parameters_are_those_the_host_packs(kind: str, scaled: bool) -> None:
     spec = spec_of(kind, scaled)
-    name, ptx = compiler.ptx_of(build(spec), signature(spec), (9, 0), spec.threads)
-    parameters = re.findall(rf"\.param \.(\w+) {name}_param_\d+", ptx.replace(f"_{name}", name))
+    _, ptx = compiler.ptx_of(build(spec), signature(spec), (9, 0), spec.threads)
     declared = re.search(r"\.entry[^(]*\(([^)]*)\)", ptx)
     assert declared is not None
     parameters = re.findall(r"\.param \.(\w+)", declared[1])
@@ -84,6 +86,74 @@ def test_a_kernel_is_compiled_once_and_kept(folder: Path, compilations: list[str
     assert machine_code.cubin(CHEAP, (9, 0)) == first
     assert compilations == ["layer_backward"]
     assert [path.suffix for path in folder.iterdir()] == [".cubin"]
+
+
+@pytest.mark.parametrize("damage", [b"", b"short", None], ids=["empty", "short", "flipped"])
+def test_a_damaged_file_is_compiled_anew(
+    folder: Path, compilations: list[str], damage: bytes | None
+) -> None:
+    code = machine_code.cubin(CHEAP, (9, 0))
+    (path,) = folder.iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]) if damage is None else damage)
+    machine_code.cubin.cache_clear()
+    assert machine_code.cubin(CHEAP, (9, 0))[:4] == code[:4]
+    assert len(compilations) == 2 and path.read_bytes() != damage
+
+
+def test_threads_that_want_one_kernel_compile_it_once(
+    folder: Path, compilations: list[str]
+) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        codes = list(pool.map(lambda _: machine_code.cubin(CHEAP, (9, 0)), range(8)))
+    assert len(set(codes)) == 1 and compilations == ["layer_backward"]
+
+
+def test_every_part_of_a_specification_tells_kernels_apart() -> None:
+    spec = spec_of("resident_backward")
+    others = [
+        dataclasses.replace(spec, kind="resident_forward"),
+        dataclasses.replace(spec, sizes=TILE._replace(rows=2)),
+        dataclasses.replace(spec, activation="relu"),
+        dataclasses.replace(spec, dtype="float64"),
+        dataclasses.replace(spec, scaled=True),
+    ]
+    assert len(others) == len(dataclasses.fields(spec))
+    keys = {machine_code._key(s, (9, 0)) for s in (spec, *others)}
+    assert len(keys | {machine_code._key(spec, (8, 0))}) == 7
+
+
+def test_the_sources_that_machine_code_depends_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """All that a kernel's modules import of the library; a change in any is another origin."""
+    names = {path.name for path in machine_code.sources()}
+    kernels = {path.name for path in Path(gpurnn.kernels.__path__[0]).glob("*.py")}
+    assert kernels | {"compiler.py", "specs.py", "tile.py", "narrowing.py"} == names
+    imported = {
+        name
+        for path in machine_code.sources()
+        for name in re.findall(r"^from gpurnn\.(\w+)\S* import", path.read_text(), re.MULTILINE)
+    }
+    # an activation is the user's own, whose kernels are not kept
+    assert imported - {"kernels", "activation"} == {"tile", "narrowing", "compiler"}
+    file = tmp_path / "tile.py"
+    monkeypatch.setattr(machine_code, "sources", lambda: [file])
+    origins = set()
+    for text in ("one", "other"):
+        file.write_text(text)
+        machine_code._origin.cache_clear()
+        origins.add(machine_code._origin())
+    machine_code._origin.cache_clear()
+    assert len(origins) == 2
+
+
+def test_machine_code_of_two_kernels_is_none() -> None:
+    assert compiler.entry_of(b"x\0.text.kernel_1\0.rest\0") == "kernel_1"
+    with pytest.raises(ValueError, match="machine code with 2 kernels: expected one"):
+        compiler.entry_of(b"\0.text.a\0.text.b\0")
+    with pytest.raises(ValueError, match="machine code with 0 kernels: expected one"):
+        compiler.entry_of(b"nothing")
 
 
 def test_another_architecture_or_type_is_another_kernel(

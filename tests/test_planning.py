@@ -176,7 +176,7 @@ def test_kernel_by_name(kernel: str) -> None:
         assert found == plan(T=7, n=33, d=2, h=64, device=H100)
     else:
         assert found.why[0] == "asked for by name"
-        assert (found.launches, found.grid, found.block) == (7, (4, 3, 1), (16, 16, 1))
+        assert (found.launches, found.grid, found.block) == (7, (3, 4, 1), (16, 16, 1))
         assert (found.shared, found.tile) == (0, None)
 
 
@@ -260,16 +260,30 @@ def test_half_types_are_shared_out_like_float32() -> None:
 # Arguments
 
 
+OLD = Limits("a T4", (7, 5), 40, 65_536, 65_536, 1.59, threads_per_multiprocessor=1_024)
 GOOD: dict[str, Any] = {"T": 3, "n": 2, "d": 1, "h": 5, "device": H100}
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"T": -1}, ValueError, "T is -1: expected at least 0"),
-        ({"n": -1}, ValueError, "n is -1: expected at least 0"),
-        ({"d": 0}, ValueError, "d is 0: expected at least 1"),
-        ({"h": 0}, ValueError, "h is 0: expected at least 1"),
+        ({"T": -1}, ValueError, "T is -1: expected at least 0 and less than 2³¹"),
+        ({"n": -1}, ValueError, "n is -1: expected at least 0 and less than 2³¹"),
+        ({"d": -1}, ValueError, "d is -1: expected at least 0 and less than 2³¹"),
+        ({"h": 0}, ValueError, "h is 0: expected at least 1 and less than 2³¹"),
+        ({"T": 2**31}, ValueError, f"T is {2**31}: expected at least 0 and less than 2³¹"),
+        ({"n": 2**40}, ValueError, f"n is {2**40}: expected at least 0 and less than 2³¹"),
+        (
+            {"T": 2**16, "n": 2**15},
+            ValueError,
+            "T · n is 65536 · 32768: expected less than 2³¹, the rows of one matrix product",
+        ),
+        (
+            {"dtype": "bfloat16", "device": OLD},
+            ValueError,
+            "dtype is 'bfloat16' and a T4 has compute capability 7.5: expected 8.0 or higher, or "
+            "another dtype",
+        ),
         ({"T": 3.0}, TypeError, "T is 3.0: expected an integer"),
         ({"n": "2"}, TypeError, "n is '2': expected an integer"),
         ({"h": True}, TypeError, "h is True: expected an integer"),
@@ -327,10 +341,10 @@ def test_fewer_multiprocessors_take_more_rows_a_block() -> None:
     [
         ((1, 1), (1, 1, 1)),
         ((16, 16), (1, 1, 1)),
-        ((17, 16), (1, 2, 1)),
-        ((16, 17), (2, 1, 1)),
+        ((17, 16), (2, 1, 1)),
+        ((16, 17), (1, 2, 1)),
         ((0, 5), (1, 1, 1)),
-        ((65_535 * 16, 33), (3, 65_535, 1)),
+        ((1024 * 1024, 33), (65_536, 3, 1)),
     ],
 )
 def test_tiled_grid(size: tuple[int, int], grid: tuple[int, int, int]) -> None:
@@ -338,11 +352,9 @@ def test_tiled_grid(size: tuple[int, int], grid: tuple[int, int, int]) -> None:
     assert tiled_grid(*size) == grid
 
 
-def test_more_rows_than_a_grid_has() -> None:
+def test_more_units_than_a_grid_has() -> None:
+    message = "h is 1,048,561: a grid has room for 1,048,560"
     with pytest.raises(ValueError) as e:
-        tiled_grid(65_535 * 16 + 1, 3)
-    message = "a tiled kernel takes up to 1,048,560 rows: there are 1,048,561"
+        plan(T=1, n=3, d=1, h=65_535 * 16 + 1, device=H100)
     assert str(e.value) == message
-    with pytest.raises(ValueError) as e:
-        plan(T=1, n=65_535 * 16 + 1, d=1, h=1024, device=H100)
-    assert str(e.value) == message
+    assert plan(T=1, n=2**30, d=1, h=1024, device=H100).grid == (2**26, 64, 1)

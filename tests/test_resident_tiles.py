@@ -44,9 +44,8 @@ def launch(kind: str, tile: Tile, arrays: Sequence[Array], n: int, dtype: str) -
         (-(-n // tile.rows), 1, 1),
         (tile.threads, 1, 1),
         [a.reshape(-1) if a.ndim == 3 else a for a in arrays],
-        len(arrays[0]),
-        n,
-        shared=tile.shared_weights * size,
+        [(len(arrays[0]), n)],
+        tile.shared_weights * size,
     )
 
 

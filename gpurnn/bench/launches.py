@@ -1,6 +1,6 @@
 """The kernels of a pass on their own: launches recorded once, then queued again and again."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,13 +41,14 @@ class RecordingEngine:
         grid: Size,
         block: Size,
         arrays: Sequence[Any],
-        *integers: int,
+        integers: Iterable[tuple[int, ...]] = ((),),
         shared: int = 0,
     ) -> None:
         """Queue a kernel, and remember it with its arrays."""
+        each = list(integers)
 
         def again() -> None:
-            self.inner.launch(spec, grid, block, arrays, *integers, shared=shared)
+            self.inner.launch(spec, grid, block, arrays, each, shared)
 
         again()
         self.launches.append(again)

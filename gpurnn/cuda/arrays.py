@@ -14,12 +14,23 @@ DLPACK_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
 
 
 def on_gpu(a: object) -> bool:
-    """Whether ``a`` is an array on a CUDA GPU, of whatever library."""
+    """Whether ``a`` is an array on a CUDA GPU, of whatever library.
+
+    Raises:
+        TypeError: its library cannot say, an array on several devices at once for one.
+    """
     if a is None or type(a) is np.ndarray:
         return False
-    if hasattr(type(a), "__dlpack_device__"):
-        return a.__dlpack_device__()[0] in DLPACK_CUDA  # type: ignore[attr-defined]
-    return hasattr(a, "__cuda_array_interface__")
+    if not hasattr(type(a), "__dlpack_device__"):
+        return hasattr(a, "__cuda_array_interface__")
+    try:
+        kind, _ = a.__dlpack_device__()  # type: ignore[attr-defined]
+    except Exception as e:
+        raise TypeError(
+            f"an argument is a {_kind(a)} that does not say where it lies ({e}): expected an array "
+            "on one device"
+        ) from e
+    return kind in DLPACK_CUDA
 
 
 def taken(arguments: Mapping[str, object]) -> tuple[GPUEngine, dict[str, Array | None]]:
@@ -27,7 +38,8 @@ def taken(arguments: Mapping[str, object]) -> tuple[GPUEngine, dict[str, Array |
 
     Raises:
         TypeError: an array lies in the host's memory, or its library does not hand it out.
-        ValueError: an array lies on another device than the first, or has no memory behind it.
+        ValueError: an array lies on another device than the first, has no memory behind it, or
+            does not begin at a multiple of its element's size.
     """
     given: dict[str, Any] = {name: a for name, a in arguments.items() if a is not None}
     native = getattr(sys.modules.get("cupy"), "ndarray", None)
@@ -42,13 +54,21 @@ def taken(arguments: Mapping[str, object]) -> tuple[GPUEngine, dict[str, Array |
             "on one GPU, or each a numpy.ndarray"
         )
     found = {name: a if type(a) is native else _taken(name, a) for name, a in given.items()}
-    first, *rest = found
+    first = next(iter(found))
     device = found[first].device.id
-    for name in rest:
-        if found[name].device.id != device:
+    for name, a in found.items():
+        if a.device.id != device:
             raise ValueError(
-                f"{name} is on CUDA device {found[name].device.id} but {first} on {device}: "
+                f"{name} is on CUDA device {a.device.id} but {first} on {device}: "
                 "expected all arrays on one device"
+            )
+        address = a.data.ptr
+        if a.size and not address:
+            raise ValueError(f"{name} has no memory behind it: it has been freed")
+        if address % a.itemsize:
+            raise ValueError(
+                f"{name} begins at the address {address}: expected a multiple of {a.itemsize}, the "
+                f"size of its {a.dtype} in bytes"
             )
     return GPUEngine(device), {name: found.get(name) for name in arguments}
 
@@ -60,13 +80,13 @@ def _taken(name: str, a: Any) -> Array:
     else:
         try:
             array = xp.from_dlpack(a) if hasattr(type(a), "__dlpack__") else xp.asarray(a)
+        except (MemoryError, xp.cuda.runtime.CUDARuntimeError):
+            raise  # the GPU's fault, not the array's
         except Exception as e:
             raise TypeError(
                 f"{name} is a {_kind(a)} that does not hand out its memory ({e}): expected an "
                 "array that CuPy can take without a copy (a PyTorch tensor needs .detach())"
             ) from e
-    if array.size and not array.data.ptr:
-        raise ValueError(f"{name} is a {_kind(a)} without memory behind it: it has been freed")
     return array
 
 

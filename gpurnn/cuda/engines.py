@@ -4,18 +4,18 @@ The operations in ``gpurnn.cuda.operations`` are written once, against ``Engine`
 """
 
 import importlib
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Protocol
 
 import numpy as np
 
 from gpurnn import compiler, planning
 from gpurnn.cuda.machine_code import cubin
-from gpurnn.cuda.specs import KernelSpec, build
+from gpurnn.cuda.specs import MOST_KEPT, KernelSpec, build
 
 __all__ = [
     "EmulatedEngine",
@@ -50,10 +50,13 @@ class Engine(Hashable, Protocol):
         grid: Size,
         block: Size,
         arrays: Sequence[Array],
-        *integers: int,
+        integers: Iterable[tuple[int, ...]] = ((),),
         shared: int = 0,
     ) -> None:
-        """Queue a kernel; arrays are C-contiguous."""
+        """Queue a kernel once for each tuple of ``integers``, in order.
+
+        Its arguments are the arrays, C-contiguous, and then the integers.
+        """
 
     def product(self, A: Array, B: Array, out: Array) -> None:
         """out = A B, summed in float32 at least."""
@@ -86,17 +89,21 @@ class GPUEngine:
         grid: Size,
         block: Size,
         arrays: Sequence[Array],
-        *integers: int,
+        integers: Iterable[tuple[int, ...]] = ((),),
         shared: int = 0,
     ) -> None:
         function = _function(spec, self.index, shared)
         arguments: list[int] = []
         for a in arrays:
             arguments += compiler.packed(a.shape, a.itemsize, a.data.ptr)
-        function(grid, block, (*arguments, *integers), shared_mem=shared)
+        for last in integers:
+            function(grid, block, (*arguments, *last), shared_mem=shared)
 
     def product(self, A: Array, B: Array, out: Array) -> None:
-        cupy().matmul(A, B, out=out)
+        if A.shape[1] == 0:
+            out.fill(0)
+        elif out.size:
+            cupy().matmul(A, B, out=out)
 
     def settle(self) -> None:
         cupy().cuda.get_current_stream().synchronize()
@@ -117,7 +124,7 @@ def _needed(module: str, why: str, extra: str) -> Any:
         ) from e
 
 
-@cache
+@lru_cache(maxsize=MOST_KEPT)
 def _function(spec: KernelSpec, device: int, shared: int) -> Any:
     """Load a kernel onto a device and let it have ``shared`` bytes of dynamic shared memory."""
     cuda = cupy().cuda
@@ -125,9 +132,14 @@ def _function(spec: KernelSpec, device: int, shared: int) -> Any:
     with cuda.Device(device):
         module = cuda.Module()
         code = cubin(spec, limits_of(device).compute_capability)
+        entry = compiler.entry_of(code)
+        if build(spec).__name__ not in entry:
+            raise RuntimeError(
+                f"the machine code kept for {spec} is that of another kernel, {entry}"
+            )
         module.load(code)
-        function = module.get_function(compiler.entry_of(code))
-        if shared > 48 * 1024:  # beyond that a kernel must be told
+        function = module.get_function(entry)
+        if shared:  # with what it declares it may exceed what a kernel has without asking
             driver = cuda.driver
             attribute = driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             driver.funcSetAttribute(function.ptr, attribute, shared)
@@ -142,14 +154,22 @@ SHARED_PER_SM, REGISTERS_PER_SM, SINGLE_TO_DOUBLE, SHARED_OPT_IN = 81, 82, 87, 9
 
 @cache
 def limits_of(device: int) -> planning.Limits:
-    """Ask a GPU what it can hold."""
+    """Ask a GPU what it can hold.
+
+    Raises:
+        ValueError: there is no such device, or no driver that could answer.
+    """
     runtime = cupy().cuda.runtime
 
     def ask(attribute: int) -> int:
         return int(runtime.deviceGetAttribute(attribute, device))
 
+    try:
+        name = runtime.getDeviceProperties(device)["name"].decode()
+    except runtime.CUDARuntimeError as e:
+        raise ValueError(f"CUDA device {device} cannot be used: {e}") from e
     return planning.Limits(
-        name=runtime.getDeviceProperties(device)["name"].decode(),
+        name=name,
         compute_capability=(ask(MAJOR), ask(MINOR)),
         multiprocessors=ask(MULTIPROCESSORS),
         shared_per_block=ask(SHARED_OPT_IN),
@@ -198,21 +218,22 @@ class EmulatedEngine:
         grid: Size,
         block: Size,
         arrays: Sequence[Array],
-        *integers: int,
+        integers: Iterable[tuple[int, ...]] = ((),),
         shared: int = 0,
     ) -> None:
         from gpurnn import emulator
 
         stored = [a.view(np.uint16) if a.itemsize == 2 else a for a in arrays]
-        emulator.launch(
-            build(spec),
-            grid,
-            block,
-            (*stored, *integers),
-            shared=shared,
-            seed=self.seed,
-            check_races=self.check_races,
-        )
+        for last in integers:
+            emulator.launch(
+                build(spec),
+                grid,
+                block,
+                (*stored, *last),
+                shared=shared,
+                seed=self.seed,
+                check_races=self.check_races,
+            )
 
     def product(self, A: Array, B: Array, out: Array) -> None:
         if out.itemsize == 2:  # NumPy would sum in half precision

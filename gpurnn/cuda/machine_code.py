@@ -6,15 +6,22 @@ own activation are kept for the process only.
 """
 
 import os
+import threading
 import warnings
-from functools import cache
+from dataclasses import astuple
+from functools import cache, lru_cache
 from hashlib import sha256
 from pathlib import Path
 
-from gpurnn import compiler, files
-from gpurnn.cuda.specs import KernelSpec, build, signature
+from gpurnn import compiler, files, narrowing, tile
+from gpurnn.cuda import specs
+from gpurnn.cuda.specs import MOST_KEPT, KernelSpec, build, signature
 
-__all__ = ["cache_folder", "cubin"]
+__all__ = ["cache_folder", "cubin", "sources"]
+
+DIGEST = 32  # bytes of a SHA-256 before the code in a file
+
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def cache_folder() -> Path:
@@ -27,29 +34,45 @@ def cache_folder() -> Path:
     return Path(pooch.os_cache("gpurnn")) / "kernels"
 
 
-@cache
+@lru_cache(maxsize=MOST_KEPT)
 def cubin(spec: KernelSpec, compute_capability: tuple[int, int]) -> bytes:
     """Return a kernel's machine code.
 
-    A cache folder that cannot be written is warned of once, and done without.
+    Where the cache folder cannot be read or written, each kernel is compiled anew, with a warning.
     """
-    path = cache_folder() / f"{_key(spec, compute_capability)}.cubin" if spec.lasting else None
-    if path is not None and path.exists():
-        return path.read_bytes()
-    code = _compiled(spec, compute_capability)
-    if path is not None:
+    with _ONE_AT_A_TIME:
+        if not spec.lasting:
+            return _compiled(spec, compute_capability)
+        path = cache_folder() / f"{_key(spec, compute_capability)}.cubin"
+        code = None
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            own = path.with_suffix(f".{os.getpid()}")  # another process may write the same now
-            files.write_atomically(own, code)
-            own.replace(path)
+            code = _read(path)
+            if code is None:
+                code = _compiled(spec, compute_capability)
+                _write(path, code)
         except OSError as e:
             warnings.warn(
                 f"compiled kernels cannot be kept in {path.parent} ({e}); each process compiles "
                 "them again. GPURNN_CACHE names another folder",
                 stacklevel=2,
             )
-    return code
+        return code or _compiled(spec, compute_capability)
+
+
+def _read(path: Path) -> bytes | None:
+    """Return what ``_write`` wrote; None if it is not there, or not whole."""
+    if not path.exists():
+        return None
+    content = path.read_bytes()
+    digest, code = content[:DIGEST], content[DIGEST:]
+    return code if sha256(code).digest() == digest else None
+
+
+def _write(path: Path, code: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    own = path.with_suffix(f".{os.getpid()}")  # another process may write the same now
+    files.write_atomically(own, sha256(code).digest() + code)
+    own.replace(path)
 
 
 def _compiled(spec: KernelSpec, compute_capability: tuple[int, int]) -> bytes:
@@ -70,19 +93,24 @@ def _compiled(spec: KernelSpec, compute_capability: tuple[int, int]) -> bytes:
 
 
 def _key(spec: KernelSpec, compute_capability: tuple[int, int]) -> str:
-    parts = (spec.kind, spec.sizes, spec.activation, spec.dtype, spec.scaled, compute_capability)
-    return sha256(repr((parts, _origin())).encode()).hexdigest()[:40]
+    return sha256(repr((astuple(spec), compute_capability, _origin())).encode()).hexdigest()[:40]
 
 
 @cache
 def _origin() -> str:
     """Return a digest of the kernels' source and of the versions of what compiles it."""
-    import gpurnn.kernels
-
-    sources = [Path(compiler.__file__), Path(__file__).with_name("specs.py")]
-    for folder in gpurnn.kernels.__path__:
-        sources += sorted(Path(folder).glob("*.py"))
     found = sha256(compiler.toolchain().encode())
-    for source in sources:
+    for source in sources():
         found.update(source.read_bytes())
     return found.hexdigest()
+
+
+def sources() -> list[Path]:
+    """Return the files that machine code depends on."""
+    import gpurnn.kernels
+
+    modules = (compiler, specs, tile, narrowing)
+    used = [Path(module.__file__) for module in modules if module.__file__]
+    for folder in gpurnn.kernels.__path__:
+        used += sorted(Path(folder).glob("*.py"))
+    return used

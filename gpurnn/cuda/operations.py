@@ -6,6 +6,7 @@ queued on the current stream, and nothing waits for it. Every sum has one order:
 give the same bits each time.
 """
 
+import math
 from functools import cache
 from typing import Any
 
@@ -61,10 +62,8 @@ def rnn_forward(
             target = states[1:] if Z is None else Z
             if plan.kernel == "concatenated":
                 spec = _spec("step_concatenated", SIDE, activation, dtype)
-                for t in range(T):
-                    engine.launch(
-                        spec, plan.grid, plan.block, (X, target, states, W_xh, W_hh, b), t
-                    )
+                arrays = (X, target, states, W_xh, W_hh, b)
+                engine.launch(spec, plan.grid, plan.block, arrays, ((t,) for t in range(T)))
             else:
                 _input_product(engine, X, W_xh, target)
                 _recurrence(engine, plan, target, states, W_hh, b, activation)
@@ -84,11 +83,11 @@ def _recurrence(
     if plan.kernel == "resident":
         spec = _spec("resident_forward", plan.tile, activation, W_hh.dtype)
         flat = (Z.reshape(-1), states.reshape(-1), W_hh, b_h)
-        engine.launch(spec, plan.grid, plan.block, flat, T, n, shared=plan.shared)
+        engine.launch(spec, plan.grid, plan.block, flat, [(T, n)], plan.shared)
         return
     spec = _spec("step_forward", SIDE, activation, W_hh.dtype)
-    for t in range(T):
-        engine.launch(spec, plan.grid, plan.block, (Z, states, W_hh, b_h), t)
+    arrays = (Z, states, W_hh, b_h)
+    engine.launch(spec, plan.grid, plan.block, arrays, ((t,) for t in range(T)))
 
 
 def _input_product(engine: Engine, X: Array, W_xh: Array, Z: Array) -> None:
@@ -130,17 +129,17 @@ def rnn_backward(
         if plan.kernel == "resident":
             spec = _spec("resident_backward", plan.tile, activation, dtype, scaled=scaled)
             flat = [dH.reshape(-1), A.reshape(-1), grads.reshape(-1), *weights]
-            engine.launch(spec, plan.grid, plan.block, flat, T, n, shared=plan.shared)
+            engine.launch(spec, plan.grid, plan.block, flat, [(T, n)], plan.shared)
         else:
             arrays = [dH, A, grads, *weights]
             spec = _spec("step_backward", SIDE, activation, dtype, scaled=scaled)
-            for i in range(T, -1, -1):
-                engine.launch(spec, plan.grid, plan.block, arrays, i)
+            engine.launch(spec, plan.grid, plan.block, arrays, ((i,) for i in range(T, -1, -1)))
         dZ = grads[1:].reshape(T * n, h)
         dW_hh = _product(engine, states[:-1].reshape(T * n, h).T, dZ)
         if by_id:
             dW_xh = _scatter(engine, X.reshape(-1), dZ, d)
-            db_h = _sum_rows(engine, dW_xh)  # each row of dZ is in one of its rows
+            # Each row of dZ is in one of its rows; but those of half types are rounded.
+            db_h = _sum_rows(engine, dZ if dtype.itemsize == 2 else dW_xh)
             return None, grads[0], dW_xh, dW_hh, db_h
         dW_xh = _product(engine, X.reshape(T * n, d).T, dZ)
         dX = _product(engine, dZ, W_xh.T).reshape(X.shape)
@@ -152,9 +151,9 @@ def hidden_layer(
 ) -> tuple[Array, Array | None]:
     """Return H = φ(X W_xh + b_h) (9.4.3), and the pre-activations where φ′ wants them."""
     xp, dtype = engine.xp, W_xh.dtype
-    d, h = W_xh.shape
+    h = W_xh.shape[1]
     with engine.here():
-        rows = X.reshape(-1, d) if X.size else X.reshape(X.size // max(1, d), d)
+        rows = _rows(X)
         H = xp.empty((*X.shape[:-1], h), dtype)
         Z = None if activation.of_output else xp.empty_like(H)
         flat = H.reshape(len(rows), h)
@@ -194,11 +193,11 @@ def hidden_layer_backward(
 
 def linear(engine: Engine, H: Array, W_hq: Array, b_q: Array | None) -> Array:
     """O = H W_hq + b_q (9.4.6)."""
-    h, q = W_hq.shape
+    q = W_hq.shape[1]
     with engine.here():
         O = engine.xp.empty((*H.shape[:-1], q), W_hq.dtype)
         if O.size:
-            engine.product(H.reshape(-1, h), W_hq, O.reshape(-1, q))
+            engine.product(_rows(H), W_hq, _rows(O))
         if b_q is not None:
             O += b_q
     return O
@@ -206,14 +205,13 @@ def linear(engine: Engine, H: Array, W_hq: Array, b_q: Array | None) -> Array:
 
 def linear_backward(engine: Engine, dO: Array, H: Array, W_hq: Array) -> tuple[Array, Array, Array]:
     """Return dH (like H), dW_hq (h, q), db_q (q,)."""
-    h, q = W_hq.shape
-    xp = engine.xp
+    q, xp = W_hq.shape[1], engine.xp
     with engine.here():
         if not dO.size:
             return xp.zeros(H.shape, H.dtype), xp.zeros_like(W_hq), xp.zeros(q, W_hq.dtype)
-        rows = dO.reshape(-1, q)
+        rows = _rows(dO)
         dH = _product(engine, rows, W_hq.T).reshape(H.shape)
-        return dH, _product(engine, H.reshape(-1, h).T, rows), _sum_rows(engine, rows)
+        return dH, _product(engine, _rows(H).T, rows), _sum_rows(engine, rows)
 
 
 def _spec(
@@ -221,6 +219,11 @@ def _spec(
 ) -> KernelSpec:
     key = activation if isinstance(activation, Activation) else activation.name
     return KernelSpec(kind, sizes, key, dtype_name(dtype), scaled)
+
+
+def _rows(A: Array) -> Array:
+    """All leading axes as one; their product is spelled out, as -1 cannot stand beside a 0."""
+    return A.reshape(math.prod(A.shape[:-1]), A.shape[-1])
 
 
 def _product(engine: Engine, A: Array, B: Array) -> Array:
@@ -237,16 +240,20 @@ def _sum_rows(engine: Engine, A: Array) -> Array:
 def _scatter(engine: Engine, ids: Array, dZ: Array, d: int) -> Array:
     """Return (d, h): the rows of dZ added up by id, as products with one-hot matrices.
 
-    A part of the rows at a time, so that no matrix is large, always in the same order.
+    A part of the rows at a time, so that no matrix is large, always in the same order. A number
+    that is not finite makes NaN of its column, in every row: 0 · ∞ is no number.
     """
     part = max(1, ONE_HOT_ELEMENTS // d)
     rows = _constant(engine, "arange", d, ids.dtype)[:, None]
+    real = REAL[dtype_name(dZ.dtype)]
     total = None
     for start in range(0, len(ids), part):
         one_hot = (rows == ids[None, start : start + part]).astype(dZ.dtype)
         added = _product(engine, one_hot, dZ[start : start + part])
-        total = added if total is None else total + added
-    return total
+        if len(ids) <= part:
+            return added
+        total = added.astype(real) if total is None else total + added
+    return total.astype(dZ.dtype)  # type: ignore[union-attr]
 
 
 def _constant(engine: Engine, kind: str, size: int, dtype: Any) -> Array:

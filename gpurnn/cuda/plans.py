@@ -31,16 +31,29 @@ def plan(
         kernel: as in ``rnn_forward``.
 
     Raises:
-        TypeError, ValueError: an argument is out of range, or the kernel named cannot hold h.
+        TypeError, ValueError: an argument is out of range, the kernel named cannot hold h, or the
+            device meant is not there.
         ImportError: a device that is there is meant, and CuPy is not installed.
     """
     emulation = current_emulation()
     if device is None and emulation is not None:
         limits = emulation.limits
     elif device is None:
-        limits = limits_of(cupy().cuda.Device().id)
+        limits = limits_of(_current())
     elif isinstance(device, int) and not isinstance(device, bool):
         limits = limits_of(device)
     else:
         limits = planning.limits("device", device)
     return planning.plan(T=T, n=n, d=d, h=h, dtype=dtype, device=limits, kernel=kernel)
+
+
+def _current() -> int:
+    """Return the index of CuPy's current device."""
+    cuda = cupy().cuda
+    try:
+        return int(cuda.Device().id)
+    except cuda.runtime.CUDARuntimeError as e:
+        raise ValueError(
+            f"device is None and there is no GPU to plan for ({e}): expected one of "
+            f"{', '.join(planning.DEVICES)}, or a planning.Limits"
+        ) from e

@@ -5,14 +5,17 @@ The only module that imports kernels.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Literal
 
 from gpurnn.activation import Activation
 from gpurnn.compiler import ArraySpec
 from gpurnn.tile import Tile
 
-__all__ = ["KernelSpec", "Kind", "build", "signature"]
+__all__ = ["MOST_KEPT", "KernelSpec", "Kind", "build", "signature"]
+
+MOST_KEPT = 1024
+"""Kernels that stay in memory at once: someone may make an activation anew for each call."""
 
 REAL = {"float32": "float32", "float64": "float64", "float16": "float32", "bfloat16": "float32"}
 STORED = {"float32": "float32", "float64": "float64", "float16": "uint16", "bfloat16": "uint16"}
@@ -78,7 +81,7 @@ def signature(spec: KernelSpec) -> tuple[ArraySpec | None, ...]:
     return tuple(arguments)
 
 
-@cache
+@lru_cache(maxsize=MOST_KEPT)
 def build(spec: KernelSpec) -> Callable[..., None]:
     """Return the kernel's Python function."""
     from numba.cuda import types
