@@ -1,11 +1,13 @@
 """Every kernel under the emulator, races looked for, against the reference."""
 
+import dataclasses
+import math
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import CASES, EMPTY, PAST_A_TILE, SMALL, Case, draw, draw_off_kink
+from cases import CASES, EMPTY, PAST_A_TILE, SMALL, Case, Draw, draw, draw_off_kink
 from kernel_setup import (
     KERNELS,
     NAMES,
@@ -21,6 +23,7 @@ from tolerance import CONCATENATION, KINK_MARGIN, assert_close, assert_same_bits
 
 import gpurnn
 from gpurnn import functional as F
+from gpurnn.cuda import operations
 
 ODD = next(case for case in SMALL if case.name == "odd")
 PRIME = next(case for case in SMALL if case.name == "prime")
@@ -77,15 +80,9 @@ def test_activations(kernel: str, activation: str) -> None:
     assert_as_reference(PRIME, drawn, activation, kernel=kernel)
 
 
-def leaky(z: float) -> float:
-    return 0.9 * np.tanh(z) + 0.1 * z
-
-
 @pytest.mark.parametrize("of_output", [False, True], ids=["of-z", "of-h"])
 @each_kernel
 def test_an_activation_of_ones_own(kernel: str, of_output: bool) -> None:
-    import math
-
     if of_output:
         own = gpurnn.Activation(
             lambda z: 2.0 * math.tanh(z), lambda h: 2.0 - h * h / 2.0, of_output=True
@@ -291,3 +288,129 @@ def test_the_layers_of_an_rnn() -> None:
     assert_close("dh_0", dh_0, expected[1].astype(float), length=200)
     for name, grad in grads.items():
         assert_close(name, grad, expected[2][name].astype(float), length=200)
+
+
+# ---------------------------------------------------------------------------------------
+# What halves are rounded to, and when
+# ---------------------------------------------------------------------------------------
+
+HALVES = pytest.mark.parametrize(
+    "dtype", [np.float16, ml_dtypes.bfloat16], ids=["float16", "bfloat16"]
+)
+
+
+def assert_rounded_once(name: str, found: Array, truth: Array) -> None:
+    """Each number is the nearest of its type, but for what float32 lost before."""
+    u = float(ml_dtypes.finfo(found.dtype).eps) / 2
+    error = np.abs(found.astype(np.float64) - truth)
+    limit = 1.02 * u * np.abs(truth) + 1e-5 * np.abs(truth).max()
+    assert (error <= limit).all(), f"{name}: {(error - limit).max():.3g} too far off"
+
+
+@HALVES
+@each_kernel
+def test_a_step_of_halves_rounds_once(kernel: str, dtype: DTypeLike) -> None:
+    case = Case("", T=1, n=9, d=1, h=33)
+    drawn = draw(case).astype(dtype)
+    drawn.W_xh[:] = 0  # the input's product is a number of the type too, and rounded before
+    with gpurnn.emulated():
+        found = results(drawn, kernel=kernel)
+    truth = exact(drawn)
+    assert_rounded_once("H", found["H"], truth["H"])
+
+
+@HALVES
+def test_the_state_of_halves_is_the_one_that_is_stored(dtype: DTypeLike) -> None:
+    """So a sequence gives the same whole and in chunks."""
+    drawn = draw(PRIME).astype(dtype)
+    X, h_0, *weights = drawn.arguments()
+    with gpurnn.emulated():
+        H, _ = F.rnn_forward(X, h_0, *weights, kernel="resident")
+        first, _ = F.rnn_forward(X[:3], h_0, *weights, kernel="resident")
+        last, _ = F.rnn_forward(X[3:], first[-1], *weights, kernel="resident")
+    chunks = np.concatenate((first, last))
+    assert_same_bits("H", chunks.view(np.uint16), H.view(np.uint16))
+
+
+@HALVES
+def test_gradients_of_halves_flow_back_unrounded(dtype: DTypeLike) -> None:
+    """From the last step to h_0 through 40 others: one rounding at the end."""
+    T, h = 40, 8
+    rotation = np.linalg.qr(np.random.default_rng(0).standard_normal((h, h)))[0].astype(dtype)
+    zeros = np.zeros((T, 3, 1)).astype(dtype)
+    dH = np.zeros((T, 3, h)).astype(dtype)
+    dH[-1] = np.random.default_rng(1).standard_normal((3, h)).astype(dtype)
+    with gpurnn.emulated():
+        _, residuals = F.rnn_forward(
+            zeros, None, np.zeros((1, h)).astype(dtype), rotation, None, activation="identity"
+        )
+        dh_0 = F.rnn_backward(dH, residuals)[1]
+    exact_rotation = rotation.astype(np.float64)
+    truth = dH[-1].astype(np.float64) @ np.linalg.matrix_power(exact_rotation.T, T)
+    assert_rounded_once("dh_0", dh_0, truth)
+
+
+# ---------------------------------------------------------------------------------------
+# Sums over many ids, constants beyond those that are kept, sizes of 0
+# ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("elements", [1, 7 * 4, 7 * 14], ids=["row-by-row", "chunks", "two"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16], ids=["float32", "float16"])
+def test_ids_are_summed_in_parts(
+    monkeypatch: pytest.MonkeyPatch, dtype: DTypeLike, elements: int
+) -> None:
+    drawn = draw(ODD).astype(dtype)
+    truth = exact(drawn, by_id=True)
+    monkeypatch.setattr(operations, "ONE_HOT_ELEMENTS", elements)
+    with gpurnn.emulated():
+        found = results(drawn, kernel="resident", by_id=True)
+    for name in ("dW_xh", "db_h"):
+        assert_close(name, found[name], truth[name], length=ODD.length)
+
+
+def test_constants_too_large_to_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operations, "LARGEST_KEPT", 0)
+    for variant in ({"by_id": True}, {"bias": False}):
+        assert_as_reference(ODD, draw(ODD, dtype=np.float32), kernel="resident", **variant)
+
+
+def test_the_gradient_of_one_id_that_is_not_finite() -> None:
+    """The column is lost, as documented; no other is touched."""
+    drawn = draw(Case("", T=1, n=3, d=4, h=5), dtype=np.float32)
+    drawn.dH[0, 0, 2] = np.inf
+    with gpurnn.emulated():
+        _, residuals = F.rnn_forward(*drawn.arguments(by_id=True))
+        dW_xh = F.rnn_backward(drawn.dH, residuals)[2]
+    assert np.isnan(dW_xh[:, 2]).any()
+    assert np.isfinite(np.delete(dW_xh, 2, axis=1)).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 4), (3, 0, 4), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("d", [0, 4])
+def test_layers_of_no_size(shape: tuple[int, ...], d: int) -> None:
+    rng = np.random.default_rng(0)
+    X = rng.standard_normal((*shape[:-1], d), np.float32)
+    W, b = rng.standard_normal((d, 5), np.float32), rng.standard_normal(5, np.float32)
+    dH = rng.standard_normal((*shape[:-1], 5), np.float32)
+
+    def run() -> list[Array]:
+        H, residuals = F.hidden_layer(X, W, b)
+        layer = F.hidden_layer_backward(dH, residuals)
+        return [H, *layer, F.linear(X, W, b), *F.linear_backward(dH, X, W)]
+
+    with gpurnn.emulated():
+        found = run()
+    for a, expected in zip(found, run(), strict=True):
+        assert_close("layer", a, expected.astype(np.float64), length=20)
+
+
+@each_kernel
+def test_a_sequence_without_inputs(kernel: str) -> None:
+    case = Case("", T=3, n=2, d=0, h=5)
+    assert_as_reference(case, draw_without_inputs(case), kernel=kernel)
+
+
+def draw_without_inputs(case: Case) -> Draw:
+    one = draw(Case("", T=case.T, n=case.n, d=1, h=case.h), dtype=np.float32)
+    return dataclasses.replace(one, X=one.X[..., :0].copy(), W_xh=one.W_xh[:0].copy())
