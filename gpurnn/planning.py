@@ -26,6 +26,7 @@ __all__ = [
     "largest_resident",
     "limits",
     "plan",
+    "registers_guess",
     "resident_tiles",
     "tiled_grid",
 ]
@@ -260,9 +261,7 @@ def _resident_plans(T: int, n: int, h: int, dtype: str, device: Limits) -> list[
 
 def _blocks_at_once(tile: Tile, words: int, device: Limits) -> int:
     """Blocks a multiprocessor holds, by registers, threads and shared memory."""
-    own = tile.rows * (tile.columns + 7 * tile.own) * words
-    registers = min(255, tile.kept * tile.columns * words + own + 40)
-    registers = -(-registers // 8) * 8
+    registers = registers_guess(tile, words)
     shared = (tile.shared_values + tile.shared_weights) * 4 * words + 1024
     return max(
         1,
@@ -273,6 +272,13 @@ def _blocks_at_once(tile: Tile, words: int, device: Limits) -> int:
             32,
         ),
     )
+
+
+def registers_guess(tile: Tile, words: int) -> int:
+    """About the registers of a thread, for numbers of so many 32-bit words."""
+    own = tile.rows * (tile.columns + 4 * tile.own) * words
+    registers = min(255, tile.kept * tile.columns * words + own + 35)
+    return -(-registers // 8) * 8
 
 
 def _step_cycles(tile: Tile, words: int, beside: int, device: Limits) -> float:

@@ -1,0 +1,46 @@
+"""The figures of docs/kernels.md are those of tests/resources.json, and the plan fits them."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from gpurnn import planning
+
+ROOT = Path(__file__).parents[1]
+KERNELS: dict[str, dict[str, Any]] = json.loads((ROOT / "tests" / "resources.json").read_text())[
+    "kernels"
+]
+TEXT = (ROOT / "docs" / "kernels.md").read_text()
+
+
+def test_the_table_is_that_of_the_compiler() -> None:
+    rows = re.findall(
+        r"^\| (\w+) \| (\d+) \| (\d+) \| (\d+) \| ([\d,]+) \+ ([\d,]+) \| ([\d,]+) \| (\d+)% \|$",
+        TEXT,
+        re.MULTILINE,
+    )
+    assert len(rows) == 20
+    for kind, h, r, *figures in rows:
+        k = KERNELS[f"resident_{kind} float32 h={h} rows={r} tanh sm_90"]
+        expected = [k["registers"], k["shared"], k["dynamic_shared"], k["loop"]]
+        assert [int(figure.replace(",", "")) for figure in figures[:4]] == expected
+        assert figures[4] == f"{100 * k['useful']:.0f}"
+    eight = KERNELS["resident_forward float32 h=128 rows=8 tanh sm_90"]["loop"]
+    assert f"in {eight:,} + about 250 cycles" in TEXT
+
+
+def test_the_plan_guesses_registers_well_enough() -> None:
+    """To within a quarter of what the compiler takes: that decides how many blocks fit beside."""
+    pattern = r"resident_\w+ (\w+) h=(\d+) rows=(\d+) tanh sm_90"
+    checked = 0
+    for key, measured in KERNELS.items():
+        match = re.fullmatch(pattern, key)
+        if match is None:
+            continue
+        dtype, h, rows = match[1], int(match[2]), int(match[3])
+        tile = next(t for t in planning.resident_tiles(h, dtype) if t.rows == rows)
+        guess = planning.registers_guess(tile, 2 if dtype == "float64" else 1)
+        assert 0.8 <= guess / measured["registers"] <= 1.25, f"{key}: {guess}"
+        checked += 1
+    assert checked > 50
