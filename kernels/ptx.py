@@ -32,10 +32,14 @@ __all__ = [
     "float_to_bf16",
     "float_to_half",
     "half_to_float",
+    "load_acquire",
+    "load_relaxed",
     "pack_bf16x2",
     "pack_f16x2",
     "prefetch_l2",
     "rcp_approx",
+    "store_relaxed",
+    "store_release",
     "tanh_approx",
     "unpack_bf16x2",
     "unpack_f16x2",
@@ -180,10 +184,7 @@ def prefetch_l2(typing: Any, array: Any, index: Any) -> Any:
         return None
 
     def codegen(context: Any, builder: Any, _: Any, operands: Any) -> Any:
-        given, place = operands
-        struct = context.make_array(array)(context, builder, given)
-        place = context.cast(builder, place, index, types.intp)
-        address = cgutils.get_item_pointer(context, builder, array, struct, [place])
+        address = _address(context, builder, array, operands[0], index, operands[1])
         asm = ir.InlineAsm(
             ir.FunctionType(ir.VoidType(), [address.type]),
             "prefetch.global.L2 [$0];",
@@ -194,6 +195,106 @@ def prefetch_l2(typing: Any, array: Any, index: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(array, index), codegen
+
+
+def _word(array: Any, index: Any) -> bool:
+    """Whether these are a flat array of 32- or 64-bit integers, and an index."""
+    return (
+        isinstance(array, types.Array)
+        and array.ndim == 1
+        and isinstance(array.dtype, types.Integer)
+        and array.dtype.bitwidth in (32, 64)
+        and isinstance(index, types.Integer)
+    )
+
+
+def _address(context: Any, builder: Any, array: Any, given: Any, index: Any, place: Any) -> Any:
+    struct = context.make_array(array)(context, builder, given)
+    place = context.cast(builder, place, index, types.intp)
+    return cgutils.get_item_pointer(context, builder, array, struct, [place])
+
+
+def _strong_load(array: Any, index: Any, order: str) -> Any:
+    if not _word(array, index):
+        return None
+    bits = array.dtype.bitwidth
+
+    def codegen(context: Any, builder: Any, _: Any, operands: Any) -> Any:
+        address = _address(context, builder, array, operands[0], index, operands[1])
+        text = f"ld.{order}.gpu.global.b{bits} $0, [$1];"
+        constraints = "=r,l" if bits == 32 else "=l,l"
+        return _call(builder, ir.IntType(bits), [address], text, constraints, effect=True)
+
+    return array.dtype(array, index), codegen
+
+
+def _strong_store(array: Any, index: Any, value: Any, order: str) -> Any:
+    if not _word(array, index) or types.unliteral(value) != array.dtype:
+        return None
+    bits = array.dtype.bitwidth
+
+    def codegen(context: Any, builder: Any, _: Any, operands: Any) -> Any:
+        address = _address(context, builder, array, operands[0], index, operands[1])
+        text = f"st.{order}.gpu.global.b{bits} [$0], $1;"
+        constraints = "l,r" if bits == 32 else "l,l"
+        _call(builder, ir.VoidType(), [address, operands[2]], text, constraints, effect=True)
+        return context.get_dummy_value()
+
+    return types.void(array, index, array.dtype), codegen
+
+
+def _emulated_load_relaxed(cuda: Any, array: Any, index: int) -> int:
+    return int(cuda.emu.strong_load(array, index))
+
+
+@_instruction(_emulated_load_relaxed)
+def load_relaxed(typing: Any, array: Any, index: Any) -> Any:
+    """Read ``array[index]``, an integer in global memory that other blocks write, now.
+
+    ``ld.relaxed.gpu``: what a loop that waits must read by. Numba's own ``cuda.ldcv`` and
+    ``cuda.ldcg`` are read once before a loop that stores nothing, by leave of the compiler.
+    PTX ISA, "Data Movement and Conversion Instructions: ld"; "Memory Consistency Model".
+    """
+    return _strong_load(array, index, "relaxed")
+
+
+def _emulated_load_acquire(cuda: Any, array: Any, index: int) -> int:
+    return int(cuda.emu.strong_load(array, index, acquire=True))
+
+
+@_instruction(_emulated_load_acquire)
+def load_acquire(typing: Any, array: Any, index: Any) -> Any:
+    """As ``load_relaxed``; what was written before the value was released is seen after it.
+
+    ``ld.acquire.gpu``. PTX ISA, "Memory Consistency Model".
+    """
+    return _strong_load(array, index, "acquire")
+
+
+def _emulated_store_relaxed(cuda: Any, array: Any, index: int, value: int) -> None:
+    cuda.emu.strong_store(array, index, value)
+
+
+@_instruction(_emulated_store_relaxed)
+def store_relaxed(typing: Any, array: Any, index: Any, value: Any) -> Any:
+    """Write an integer to ``array[index]`` in global memory, for ``load_relaxed`` to read.
+
+    ``st.relaxed.gpu``. PTX ISA, "Data Movement and Conversion Instructions: st".
+    """
+    return _strong_store(array, index, value, "relaxed")
+
+
+def _emulated_store_release(cuda: Any, array: Any, index: int, value: int) -> None:
+    cuda.emu.strong_store(array, index, value, release=True)
+
+
+@_instruction(_emulated_store_release)
+def store_release(typing: Any, array: Any, index: Any, value: Any) -> Any:
+    """As ``store_relaxed``; who reads the value by ``load_acquire`` sees all written before it.
+
+    ``st.release.gpu``. PTX ISA, "Memory Consistency Model".
+    """
+    return _strong_store(array, index, value, "release")
 
 
 # ---------------------------------------------------------------------------------------

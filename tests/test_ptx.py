@@ -1,6 +1,7 @@
 """Each instruction's twin against its definition, and each instruction against ptxas."""
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ numba = pytest.importorskip("numba")
 from numba.core.errors import TypingError  # noqa: E402
 
 from gpurnn.kernels import ptx  # noqa: E402  (needs numba-cuda)
+
+emulator = pytest.importorskip("gpurnn.emulator", reason="the emulator needs greenlet")
 
 Array = NDArray[Any]
 
@@ -318,3 +321,82 @@ def test_conversions_in_the_emulator() -> None:
     np.testing.assert_array_equal(y[[3, 5]], np.full((2, 8), -2, np.float32))
     np.testing.assert_allclose(y[6], np.exp2(-x), rtol=1e-6)
     np.testing.assert_array_equal(y[7], np.tanh(x.astype(np.float64)).astype(np.float32))
+
+
+# ---------------------------------------------------------------------------------------
+# Loads and stores that other blocks see
+# ---------------------------------------------------------------------------------------
+
+
+def waits_relaxed(flags: Any, out: Any) -> None:
+    while ptx.load_relaxed(flags, 0) == numba.uint64(0):
+        pass
+    out[0] = ptx.load_relaxed(flags, 1)
+
+
+def waits_acquire(flags: Any, out: Any) -> None:
+    while ptx.load_acquire(flags, 0) == numba.uint64(0):
+        pass
+    out[0] = flags[1]
+
+
+@each_target
+@pytest.mark.parametrize("kernel", [waits_relaxed, waits_acquire])
+@pytest.mark.parametrize("dtype", [numba.uint64, numba.uint32], ids=["64", "32"])
+def test_a_loop_that_waits_reads_again_each_time(
+    kernel: Callable[..., None], dtype: Any, target: tuple[int, int]
+) -> None:
+    """What Numba's cuda.ldcv does not: the load stands between the loop's label and its branch."""
+    array = numba.types.Array(dtype, 1, "C")
+    text = ptx_of(kernel, (array, array), target)
+    assemble(text, target)
+    order = kernel.__name__.removeprefix("waits_")
+    loop = re.search(r"^(\$L\w+):\n(.*?)bra \t\1;", text, re.MULTILINE | re.DOTALL)
+    assert loop is not None and f"ld.{order}.gpu.global" in loop[2]
+
+
+@each_target
+def test_stores_that_other_blocks_see(target: tuple[int, int]) -> None:
+    def kernel(flags: Any, value: Any) -> None:
+        ptx.store_relaxed(flags, 1, value)
+        ptx.store_release(flags, 0, value)
+
+    text = ptx_of(kernel, (numba.types.Array(numba.uint64, 1, "C"), numba.uint64), target)
+    assemble(text, target)
+    assert text.index("st.relaxed.gpu.global.b64") < text.index("st.release.gpu.global.b64")
+
+
+def test_a_message_from_block_to_block_under_the_emulator() -> None:
+    def kernel(flags: Any, data: Any, out: Any) -> None:
+        if cuda.blockIdx.x == 0:
+            data[0] = 7
+            ptx.store_release(flags, 0, numba.uint64(1))
+        else:
+            while ptx.load_acquire(flags, 0) == numba.uint64(0):
+                pass
+            out[0] = data[0]
+
+    def careless(flags: Any, data: Any, out: Any) -> None:
+        if cuda.blockIdx.x == 0:
+            data[0] = 7
+            ptx.store_relaxed(flags, 0, numba.uint64(1))
+        else:
+            while ptx.load_relaxed(flags, 0) == numba.uint64(0):
+                pass
+            out[0] = data[0]
+
+    for seed in (None, 1, 2):
+        flags, data, out = np.zeros(1, np.uint64), np.zeros(1, np.int32), np.zeros(1, np.int32)
+        emulator.launch(kernel, 2, 1, (flags, data, out), seed=seed)
+        assert out[0] == 7
+    with pytest.raises(emulator.RaceError):
+        emulator.launch(careless, 2, 1, (flags * 0, data, out))
+
+
+@pytest.mark.parametrize("value", [numba.float32, numba.uint32])
+def test_a_value_of_another_type_is_refused(value: Any) -> None:
+    def kernel(flags: Any, value: Any) -> None:
+        ptx.store_relaxed(flags, 0, value)
+
+    with pytest.raises(TypingError):
+        ptx_of(kernel, (numba.types.Array(numba.uint64, 1, "C"), value), (9, 0))
