@@ -5,7 +5,7 @@ from typing import Any
 
 from numba import cuda
 
-__all__ = ["device", "in_order"]
+__all__ = ["device", "factor_at", "in_order"]
 
 DeviceFunction = Any
 
@@ -37,3 +37,18 @@ def in_order(parts: Sequence[DeviceFunction]) -> DeviceFunction:
         then(a, b, c, d, e)
 
     return run
+
+
+def factor_at(real: Any, *, scaled: bool) -> DeviceFunction:
+    """Return a device function of ``(xi, t)``: xi[t], or 1 where nothing is ``scaled``."""
+    one = real(1)
+
+    @device
+    def factor_of(xi, t):
+        return xi[t]
+
+    @device
+    def no_factor(xi, t):
+        return one
+
+    return factor_of if scaled else no_factor

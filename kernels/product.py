@@ -16,7 +16,10 @@ ALL_LANES = 0xFFFFFFFF
 
 
 class Product(NamedTuple):
-    """Device functions, each of five arguments, called in this order.
+    """Device functions, called in this order.
+
+    ``clear(v)``: write 0 to all of v (2, rows, slices, stride) that is ever read; its padding must
+    be finite, as it meets weights of 0. A barrier must follow.
 
     ``load(W, w, ws, k, j)``: read the thread's piece of W, rows from k and columns from j on, into
     its registers w (kept, columns) and its part of the block's shared memory ws; every element that
@@ -33,6 +36,7 @@ class Product(NamedTuple):
     the number of rows nor what other rows hold changes a bit of a row's result.
     """
 
+    clear: DeviceFunction
     load: DeviceFunction
     multiply: DeviceFunction
     reduce: DeviceFunction
@@ -47,7 +51,30 @@ def product(tile: Tile, real: Any, load_value: DeviceFunction, *, transposed: bo
         load_value: device function from W's element to ``real``.
         transposed: use Wᵀ: W[j, k] where else W[k, j] stands.
     """
-    return Product(_load(tile, real, load_value, transposed), _multiply(tile, real), _reduce(tile))
+    return Product(
+        _clear(tile, real),
+        _load(tile, real, load_value, transposed),
+        _multiply(tile, real),
+        _reduce(tile),
+    )
+
+
+def _clear(tile: Tile, real: Any) -> DeviceFunction:
+    depth, threads = tile.depth, uint32(tile.threads)
+    rows, lanes, pieces = (
+        uint32(tile.rows),
+        uint32(tile.slices),
+        uint32(2 * tile.rows * tile.slices),
+    )
+    zero = real(0)
+
+    @device
+    def clear(v):
+        for piece in range(uint32(cuda.threadIdx.x), pieces, threads):
+            for k in range(depth):
+                v[piece // (rows * lanes), piece // lanes % rows, piece % lanes, k] = zero
+
+    return clear
 
 
 def _load(tile: Tile, real: Any, load_value: DeviceFunction, transposed: bool) -> DeviceFunction:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from numba import cuda, uint32, uint64
 
 from gpurnn.kernels.activations import Pair
-from gpurnn.kernels.device import device
+from gpurnn.kernels.device import device, factor_at
 from gpurnn.kernels.product import product
 from gpurnn.kernels.ptx import prefetch_l2
 from gpurnn.kernels.storage import Storage
@@ -57,13 +57,12 @@ def forward(tile: Tile, pair: Pair, storage: Storage) -> Callable[..., None]:
         tile.stride,
         tile.h,
     )
-    C, kept, threads = tile.columns, tile.kept, uint32(tile.threads)
+    C, kept = tile.columns, tile.kept
     exact, keeps_z, looks_ahead = tile.exact, not pair.of_output, R == 1
     real, load_value, store_value, phi = storage.real, storage.load, storage.store, pair.phi
-    load, multiply, reduce = product(tile, real, load_value, transposed=False)
+    clear, load, multiply, reduce = product(tile, real, load_value, transposed=False)
     h, k_depth, group_columns = uint32(tile.h), uint32(depth), uint32(C)
     lanes, owned, rows = uint32(S), uint32(own), uint32(R)
-    pieces = uint32(2 * R * S)
     zero, first, one, ahead = real(0), uint32(0), uint32(1), uint32(AHEAD)
 
     def resident_forward(Z, states, W_hh, b_h, T, n):
@@ -83,9 +82,7 @@ def forward(tile: Tile, pair: Pair, storage: Storage) -> Callable[..., None]:
         at = uint64(row) * uint64(h) + uint64(column)  # of the first number the thread owns
 
         load(W_hh, w, ws, s * k_depth, group * group_columns)
-        for piece in range(thread, pieces, threads):  # padding must be finite: it meets weights 0
-            for k in range(depth):
-                v[piece // (rows * lanes), piece // lanes % rows, piece % lanes, k] = zero
+        clear(v)
         cuda.syncthreads()
         for p in range(own):
             j = column + uint32(p)
@@ -159,25 +156,15 @@ def backward(
         tile.stride,
         tile.h,
     )
-    C, kept, threads = tile.columns, tile.kept, uint32(tile.threads)
+    C, kept = tile.columns, tile.kept
     exact, looks_ahead = tile.exact, R == 1
     real, load_value, store_value, dphi = storage.real, storage.load, storage.store, pair.dphi
-    load, multiply, reduce = product(tile, real, load_value, transposed=True)
+    clear, load, multiply, reduce = product(tile, real, load_value, transposed=True)
     h, k_depth, group_columns = uint32(tile.h), uint32(depth), uint32(C)
     lanes, owned, rows = uint32(S), uint32(own), uint32(R)
-    pieces = uint32(2 * R * S)
     zero, first, one, ahead = real(0), uint32(0), uint32(1), uint32(AHEAD)
-    unscaled = real(1)
 
-    @device
-    def factor_of(xi, t):
-        return xi[t]
-
-    @device
-    def no_factor(xi, t):
-        return unscaled
-
-    factor = factor_of if scaled else no_factor
+    factor = factor_at(real, scaled=scaled)
 
     @device
     def body(dH, A, grads, W_hh, xi, T, n):
@@ -197,9 +184,7 @@ def backward(
         at = begin + uint64(T - one) * step
 
         load(W_hh, w, ws, s * k_depth, group * group_columns)
-        for piece in range(thread, pieces, threads):  # padding must be finite: it meets weights 0
-            for k in range(depth):
-                v[piece // (rows * lanes), piece // lanes % rows, piece % lanes, k] = zero
+        clear(v)
         cuda.syncthreads()
         for r in range(R):
             for p in range(own):

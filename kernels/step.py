@@ -13,7 +13,7 @@ from collections.abc import Callable
 from numba import cuda, uint32
 
 from gpurnn.kernels.activations import Pair
-from gpurnn.kernels.device import device
+from gpurnn.kernels.device import device, factor_at
 from gpurnn.kernels.storage import Storage
 from gpurnn.kernels.tiled import tiled_product
 
@@ -98,17 +98,9 @@ def backward(
     """
     real, load_value, store_value, dphi = storage.real, storage.load, storage.store, pair.dphi
     dot = tiled_product(side, storage, transposed=True)
-    width, first, one, zero, unscaled = uint32(side), uint32(0), uint32(1), real(0), real(1)
+    width, first, one, zero = uint32(side), uint32(0), uint32(1), real(0)
 
-    @device
-    def factor_of(xi, t):
-        return xi[t]
-
-    @device
-    def no_factor(xi, t):
-        return unscaled
-
-    factor = factor_of if scaled else no_factor
+    factor = factor_at(real, scaled=scaled)
 
     @device
     def body(dH, A, grads, W_hh, xi, i):
