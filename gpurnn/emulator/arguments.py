@@ -51,6 +51,8 @@ class _Region(NamedTuple):
     size: int
     parts: list[_Part]
     before: NDArray[np.uint8]
+    # Where the buffer begins that these are a part of.
+    buffer: int
 
 
 class Arguments:
@@ -71,6 +73,7 @@ class Arguments:
             allocation = Allocation(
                 machine, ("argument", number), raw, grain, _describer(region), written=True
             )
+            allocation.origin = region.buffer - region.low
             _mark(allocation, region)
             for part in region.parts:
                 views[id(part.array)] = _view(machine, allocation, region, part)
@@ -161,7 +164,14 @@ def _region(parts: list[_Part]) -> _Region:
     before = np.zeros(size, np.uint8)
     inside = parts[0].low - low
     before[inside:] = _memory(parts[0].low, size - inside)
-    return _Region(low, size, parts, before)
+    return _Region(low, size, parts, before, min(_buffer(p.array) for p in parts))
+
+
+def _buffer(array: Anything) -> int:
+    """Return the address of the array that owns the memory."""
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return int(np.lib.array_utils.byte_bounds(array)[0])
 
 
 def _memory(address: int, size: int) -> NDArray[np.uint8]:

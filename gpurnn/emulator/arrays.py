@@ -67,6 +67,11 @@ class Array:
         return self.access.dtype  # type: ignore[no-any-return]
 
     @property
+    def space(self) -> str:
+        """The memory it lies in: "global", "shared" or "local"."""
+        return self.access.space  # type: ignore[no-any-return]
+
+    @property
     def ndim(self) -> int:
         """The number of axes."""
         return len(self.shape)
@@ -104,7 +109,7 @@ class Array:
     def view(self, dtype: Any) -> Array:
         """Return the same memory as items of another type."""
         to, size = dtype_of(dtype), self.itemsize
-        access = self.access.allocation.access(to, writable=self.access.writable)
+        access = self.access.seen_as(to)
         start = self.k0 * size
         if to.itemsize == size:
             return array(self.machine, access, self.k0, self.shape, self.steps, self.label)

@@ -10,6 +10,7 @@ import numpy as np
 from gpurnn.emulator import races
 from gpurnn.emulator.arrays import Array
 from gpurnn.emulator.errors import ReadOnlyError, UnsupportedError
+from gpurnn.emulator.progress import check_movable
 
 if TYPE_CHECKING:
     from gpurnn.emulator.machine import Machine
@@ -17,11 +18,18 @@ if TYPE_CHECKING:
 __all__ = ["Atomics", "strong_load", "strong_store"]
 
 
-def strong_load(machine: Machine, array: Any, index: Any) -> Any:
-    """Read ``array[index]`` where others may write it meanwhile."""
+def strong_load(machine: Machine, array: Any, index: Any, *, volatile: bool = True) -> Any:
+    """Read ``array[index]`` where others may write it meanwhile.
+
+    ``volatile`` says that the load has side effects, so that it stays in its loop.
+    """
     access, k = _target(machine, array, index)
     machine.pause()
     value = races.strong_load(access, k)
+    if volatile:
+        machine.thread.movable.clear()
+    else:
+        check_movable(machine, (access, k))
     machine.polled((access, k))
     return value
 
@@ -31,8 +39,11 @@ def strong_store(machine: Machine, array: Any, index: Any, value: Any) -> None:
     access, k = _target(machine, array, index)
     _check_writable(machine, access, k)
     machine.pause()
+    machine.thread.movable.clear()
     if races.strong_store(access, k, value):
         machine.changes += 1
+    else:
+        machine.rewrote((access, k))
 
 
 def _target(machine: Machine, array: Any, index: Any) -> tuple[Any, int]:
@@ -41,6 +52,8 @@ def _target(machine: Machine, array: Any, index: Any) -> tuple[Any, int]:
     access = array.access
     if access.allocation.closed:  # a local array has no allocation, and says so
         access.allocation.refuse()
+    if access.remote:
+        access.check_begun()
     return access, array.locate(index)
 
 
@@ -61,6 +74,7 @@ class Atomics:
         access, k = _target(machine, array, index)
         _check_writable(machine, access, k)
         machine.pause()
+        machine.thread.movable.clear()
         old, changed = races.strong_update(access, k, change)
         if changed:
             machine.changes += 1

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from gpurnn.emulator.clocks import Release, learn
 from gpurnn.emulator.errors import BarrierError
-from gpurnn.emulator.threads import Site, Thread
+from gpurnn.emulator.threads import WARP, Site, Thread
 
 if TYPE_CHECKING:
     from gpurnn.emulator.machine import Machine
 
-__all__ = ["Meeting", "PhaseBarrier"]
+__all__ = ["Meeting", "Phase", "PhaseBarrier"]
 
 
 class Meeting:
@@ -38,6 +38,7 @@ class Meeting:
         """Wait for the others; return what ``combine`` makes of all values, by thread."""
         machine = self.machine
         t = machine.thread
+        t.movable.clear()
         site = machine.site()
         if not self.arrived:
             self.operation, self.site = operation, site
@@ -79,18 +80,33 @@ class Meeting:
         )
 
 
+class Phase:
+    """One time that a barrier is passed: what those who arrived for it knew, once all have."""
+
+    def __init__(self) -> None:
+        self.releases: list[Release] = []
+
+
 class PhaseBarrier:
     """A barrier that threads may reach and pass in two steps; it goes through phases."""
 
-    def __init__(self, machine: Machine, operation: str, count: int, whose: str):
+    def __init__(
+        self,
+        machine: Machine,
+        operation: str,
+        count: int,
+        whose: str,
+        *,
+        whole_warps: bool = False,
+    ):
         self.machine = machine
         self.operation = operation
+        self.whole_warps = whole_warps
         self.count = count
         self.whose = whose
-        self.phase = 0
+        self.phase = Phase()
         self.arrived: dict[Thread, Release] = {}
         self.waiting: list[Thread] = []
-        self.passed: dict[int, list[Release]] = {}
         self.gone: list[Thread] = []
 
     def arrive(self) -> None:
@@ -103,11 +119,10 @@ class PhaseBarrier:
         self.arrived[t] = Release(t.known_array, t.tid, t.clock, None)
         t.tick()
         self._check_gone()
-        if len(self.arrived) < self.count:
+        if self._came() < self.count:
             return
-        self.passed[self.phase] = list(self.arrived.values())
-        self.passed.pop(self.phase - 2, None)
-        self.phase += 1
+        self.phase.releases = list(self.arrived.values())
+        self.phase = Phase()
         self.arrived = {}
         machine.barriers[self.operation] += 1
         machine.activity += 1
@@ -125,13 +140,21 @@ class PhaseBarrier:
         if phase is None:
             place = machine.place(t)
             raise BarrierError(f"{self.operation}: {place} waits without having arrived", place)
-        if phase == self.phase:
+        if phase is self.phase:
             self.waiting.append(t)
             machine.wait(self.operation)
         else:
             machine.pause()
         if machine.check_races:
-            t.learn_from(self.passed[phase])
+            t.learn_from(phase.releases)
+
+    def _came(self) -> int:
+        """Return how many threads have arrived, for which a short warp that is whole has 32."""
+        count = len(self.arrived)
+        lanes = self.machine.thread.block.threads[-1].warp.lanes  # only the last may be short
+        if self.whole_warps and len(lanes) < WARP and all(t in self.arrived for t in lanes):
+            count += WARP - len(lanes)
+        return count
 
     def left(self, t: Thread) -> None:
         """Take note that a member ended; raise if others wait for it."""

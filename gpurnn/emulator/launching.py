@@ -20,6 +20,7 @@ from gpurnn.emulator.namespace import Namespace
 from gpurnn.emulator.races import Conflict
 from gpurnn.emulator.rebind import Rebinder, python_function
 from gpurnn.emulator.report import Report
+from gpurnn.emulator.shared import MOST_SHARED
 from gpurnn.emulator.threads import WARP, Block, Cluster, Dim3, Thread, Warp
 from gpurnn.emulator.traffic import Traffic
 from gpurnn.emulator.watch import Watch
@@ -27,6 +28,10 @@ from gpurnn.emulator.watch import Watch
 __all__ = ["launch"]
 
 MOST_THREADS_PER_BLOCK = 1024
+MOST_BLOCKS_PER_CLUSTER = 16
+# Along x, y and z.
+MOST_BLOCKS = (2**31 - 1, 65_535, 65_535)
+MOST_THREADS = (1024, 1024, 64)
 
 
 def launch(
@@ -57,8 +62,8 @@ def launch(
             the same way each time.
         check_races: record who read and wrote what, and raise where nothing orders two threads.
         measure: count bank conflicts and memory sectors by source line.
-        max_polls: how often a thread may re-read unchanged memory, while no other thread does
-            anything either, before that is called a deadlock.
+        max_polls: how often a thread may re-read unchanged memory, with the same in its variables,
+            while no other thread does anything either, before that is called a deadlock.
 
     Returns:
         What was counted.
@@ -72,8 +77,8 @@ def launch(
     arguments = Arguments(tuple(args), _names(function, len(args)))
     shape = _Shape(grid, block, cluster)
     dynamic = operator.index(shared)
-    if dynamic < 0:
-        raise ValueError(f"shared is {shared}: expected a number of bytes")
+    if not 0 <= dynamic <= MOST_SHARED:
+        raise ValueError(f"shared is {shared}: expected a number of bytes, at most {MOST_SHARED}")
     if max_polls < 1:
         raise ValueError(f"max_polls is {max_polls}: expected at least 1")
 
@@ -111,11 +116,19 @@ class _Shape:
         self.grid = _dim3("grid", grid)
         self.block = _dim3("block", block)
         self.cluster = _dim3("cluster", 1 if cluster is None else cluster)
+        _check_most("grid", self.grid, MOST_BLOCKS)
+        _check_most("block", self.block, MOST_THREADS)
         x, y, z = self.block
         if x * y * z > MOST_THREADS_PER_BLOCK:
             raise ValueError(
                 f"block is {tuple(self.block)}, {x * y * z} threads: expected at most "
                 f"{MOST_THREADS_PER_BLOCK}"
+            )
+        x, y, z = self.cluster
+        if x * y * z > MOST_BLOCKS_PER_CLUSTER:
+            raise ValueError(
+                f"cluster is {tuple(self.cluster)}, {x * y * z} blocks: expected at most "
+                f"{MOST_BLOCKS_PER_CLUSTER}"
             )
         if any(g % c for g, c in zip(self.grid, self.cluster, strict=True)):
             raise ValueError(
@@ -135,6 +148,11 @@ def _dim3(name: str, value: Any) -> Dim3:
     if min(found) < 1:
         raise ValueError(f"{name} is {value!r}: expected sizes of at least 1")
     return Dim3(*found, *(1,) * (3 - len(found)))
+
+
+def _check_most(name: str, sizes: Dim3, most: tuple[int, int, int]) -> None:
+    if any(n > m for n, m in zip(sizes, most, strict=True)):
+        raise ValueError(f"{name} is {tuple(sizes)}: expected at most {most}")
 
 
 def _names(function: FunctionType, given: int) -> tuple[str, ...]:
@@ -164,7 +182,7 @@ def _run(
         return constant(machine, a)
 
     cuda = Namespace(machine, shape.grid, shape.block, dynamic, constants)
-    kernel = Rebinder(cuda, machine.codes, constants)(function)
+    kernel = Rebinder(cuda, machine.codes, constants).kernel(function)
     machine.kernel = kernel.__code__
 
     def body() -> None:

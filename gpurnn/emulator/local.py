@@ -21,6 +21,8 @@ class _Local:
 
     __slots__ = ("dtype", "items", "load", "machine", "store", "writable")
 
+    space = "local"
+
     def __init__(self, machine: Machine, dtype: np.dtype[Any], size: int, writable: bool = True):
         self.machine = machine
         self.dtype = dtype
@@ -43,6 +45,10 @@ class _Local:
             items[k] = value if ready and type(value) is kind else convert(value)
 
         self.load, self.store = load, store
+
+    def seen_as(self, dtype: np.dtype[Any]) -> Any:
+        """Refuse to view the same items as another type."""
+        return self.allocation
 
     @property
     def allocation(self) -> Any:

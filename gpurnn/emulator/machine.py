@@ -16,6 +16,7 @@ import greenlet
 from gpurnn.emulator import races
 from gpurnn.emulator.barriers import Meeting, PhaseBarrier
 from gpurnn.emulator.errors import BarrierError, DeadlockError, EmulationError, Place
+from gpurnn.emulator.progress import state
 from gpurnn.emulator.threads import Block, Cluster, Site, Thread
 
 if TYPE_CHECKING:
@@ -27,8 +28,11 @@ __all__ = ["Code", "Machine", "line_of"]
 
 # A thread that re-read one and the same memory so often without a switch is taken to poll it.
 SPIN = 20_000
-# A thread that stores between its polls may be counting to something: so many times the patience.
-STORING = 100
+# A thread that stores between its polls, or whose variables change, may be counting to something:
+# so many times the patience.
+COUNTING = 100
+# So many states of a thread are remembered before all are forgotten.
+STATES = 1 << 16
 
 
 class Code:
@@ -158,6 +162,8 @@ class Machine:
     def polled(self, key: Any) -> None:
         """Take note that the running thread read memory that may be another's signal.
 
+        It polls if it reads what it read before, at one place, with the same in its variables.
+
         Raises:
             DeadlockError: it and all others have only re-read unchanged memory for long.
         """
@@ -172,9 +178,27 @@ class Machine:
             self.activity += 1
             return
         t.polls += 1
-        t.idle += 1
-        if t.idle % self.max_polls == 0 or t.polls % (STORING * self.max_polls) == 0:
+        now = (key, state(self))
+        if now in t.seen:
+            t.idle += 1
+        else:
+            if len(t.seen) < STATES:
+                t.seen.add(now)
+            t.idle = 0
+            self.activity += 1
+        patient = t.idle == 0 or t.idle % self.max_polls
+        if not patient or t.polls % (COUNTING * self.max_polls) == 0:
             self._look_for_deadlock()
+
+    def rewrote(self, key: Any) -> None:
+        """Take note of a strong store of what was there: progress, but for one that is repeated."""
+        stored = self.thread.stored
+        now = hash((key, state(self)))
+        if now not in stored:
+            if len(stored) >= STATES:
+                stored.clear()
+            stored.add(now)
+            self.changes += 1
 
     def _look_for_deadlock(self) -> None:
         """Raise if nothing has happened, anywhere, since the running thread looked last."""
@@ -183,7 +207,7 @@ class Machine:
             if other.busy:
                 other.busy = False
                 self.activity += 1
-        if t.activity_seen == self.activity or t.polls >= STORING * self.max_polls:
+        if t.activity_seen == self.activity or t.polls >= COUNTING * self.max_polls:
             raise self._stuck()
         t.activity_seen = self.activity
 
@@ -191,7 +215,7 @@ class Machine:
         """Let others go first after the running thread re-read plain memory very often."""
         self.thread.rereads = 0
         self.pause()
-        for _ in range(self.max_polls // 10):
+        for _ in range(max(1, self.max_polls // 10)):
             self.polled("spin")
 
     def frame(self) -> tuple[CodeType, int]:
@@ -256,6 +280,8 @@ class Machine:
             lines.append(f"  … and at {len(found) - len(lines)} more places")
         ended = len(self.threads) - len(live)
         kind = DeadlockError if polling else BarrierError
+        if polling:
+            lines.append(f"  (max_polls is {self.max_polls}: more lets them poll for longer)")
         return kind(
             f"no thread can go on: {len(live)} wait, {ended} have returned\n" + "\n".join(lines),
             *(group[0][1] for group in found.values()),

@@ -26,6 +26,8 @@ class Allocation:
         writes: by grain, the epoch of the last write; 0 before the launch, NEVER, or STRONG where
             ``strong`` has the record.
         readers: by grain, who read since.
+        origin: at which byte the buffer begins that it lies in, which the device aligns; negative
+            if before the first.
     """
 
     def __init__(
@@ -46,19 +48,23 @@ class Allocation:
         self.describe = describe
         self.block = block
         self.closed = False
+        self.origin = 0
         grains = -(-raw.size // grain)
         self.writes: list[int] = [0 if written else NEVER] * grains
         self.readers = [EMPTY] * grains if machine.check_races else []
         self.strong: dict[int, races.StrongRecord] = {}
-        self.accesses: dict[tuple[np.dtype[Any], bool], Access] = {}
+        self.accesses: dict[tuple[np.dtype[Any], bool, bool], Access] = {}
 
-    def access(self, dtype: np.dtype[Any], *, writable: bool = True) -> Access:
-        """Return how items of ``dtype`` are read and written here."""
-        found = self.accesses.get((dtype, writable))
+    def access(
+        self, dtype: np.dtype[Any], *, writable: bool = True, remote: bool = False
+    ) -> Access:
+        """Return how items of ``dtype`` are read and written here, or from another block."""
+        found = self.accesses.get((dtype, writable, remote))
         if found is None:
             if dtype.itemsize < self.grain or dtype.itemsize % self.grain:
                 self.refine(np.gcd(dtype.itemsize, self.grain))
-            found = self.accesses[dtype, writable] = Access(self, dtype, writable)
+            found = Access(self, dtype, writable, remote)
+            self.accesses[dtype, writable, remote] = found
         return found
 
     def refine(self, grain: int) -> None:
@@ -94,10 +100,14 @@ class Access:
     load: Callable[[int], Any]
     store: Callable[[int, Any], None]
 
-    def __init__(self, allocation: Allocation, dtype: np.dtype[Any], writable: bool):
+    def __init__(
+        self, allocation: Allocation, dtype: np.dtype[Any], writable: bool, remote: bool = False
+    ):
         self.allocation = allocation
         self.dtype = dtype
         self.writable = writable
+        self.remote = remote
+        self.space = "global" if allocation.block is None else "shared"
         raw = allocation.raw
         self.flat: NDArray[Any] = raw[: raw.size // dtype.itemsize * dtype.itemsize].view(dtype)
         self.convert = converter(dtype)
@@ -120,6 +130,27 @@ class Access:
             self.load = self.store = self.allocation.refuse
         elif not self.writable:
             self.store = self._refuse
+        elif self.remote:
+            self.load, self.store = _begun(self)
+
+    def seen_as(self, dtype: np.dtype[Any]) -> Access:
+        """Return how the same memory is read and written as items of another type."""
+        return self.allocation.access(dtype, writable=self.writable, remote=self.remote)
+
+    def check_begun(self) -> None:
+        """Raise unless something orders the begin of the block that has this memory before."""
+        machine, block = self.allocation.machine, self.allocation.block
+        if not machine.check_races:
+            return
+        first = block.threads[0].tid
+        if any(machine.thread.known[first : first + len(block.threads)]):
+            return
+        place = machine.place()
+        raise BarrierError(
+            f"{place} reaches for {self.allocation.describe(-1, 1)} of block "
+            f"{tuple(block.index)}, which need not have begun: expected a cluster barrier before",
+            place,
+        )
 
     def grains(self, k: int) -> range:
         """Return the grains of an item."""
@@ -138,13 +169,28 @@ class Access:
 Functions = tuple[Callable[[int], Any], Callable[[int, Any], None]]
 
 
+def _begun(access: Access) -> Functions:
+    """Return the functions for another block's memory."""
+    inner_load, inner_store = access.load, access.store
+
+    def load(k: int) -> Any:
+        access.check_begun()
+        return inner_load(k)
+
+    def store(k: int, value: Any) -> None:
+        access.check_begun()
+        inner_store(k, value)
+
+    return load, store
+
+
 def _unchecked(access: Access) -> Functions:
     writes, get, ratio = access.allocation.writes, access.get, access.ratio
     machine = access.allocation.machine
     put = _putter(access)
 
     def load(k: int) -> Any:
-        if writes[k * ratio] < 0:
+        if writes[k * ratio] < 0 or (ratio > 1 and min(writes[k * ratio : (k + 1) * ratio]) < 0):
             races.uninitialized(access, k)
         return get(k)
 

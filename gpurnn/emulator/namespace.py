@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +21,49 @@ if TYPE_CHECKING:
     from gpurnn.emulator.machine import Machine
 
 __all__ = ["Namespace"]
+
+Load = Callable[["Namespace", Any, Any], Any]
+Store = Callable[["Namespace", Any, Any, Any], None]
+
+
+def _strong_load(name: str) -> Load:
+    def load(cuda: Namespace, array: Any, i: Any) -> Any:
+        _check_global(name, "ld.global", array)
+        return atomics.strong_load(cuda.machine, array, i, volatile=False)
+
+    return load
+
+
+def _strong_store(name: str) -> Store:
+    def store(cuda: Namespace, array: Any, i: Any, value: Any) -> None:
+        _check_global(name, "st.global", array)
+        atomics.strong_store(cuda.machine, array, i, value)
+
+    return store
+
+
+def _weak_load(name: str) -> Load:
+    def load(cuda: Namespace, array: Any, i: Any) -> Any:
+        _check_global(name, "ld.global", array)
+        return array[i]
+
+    return load
+
+
+def _weak_store(name: str) -> Store:
+    def store(cuda: Namespace, array: Any, i: Any, value: Any) -> None:
+        _check_global(name, "st.global", array)
+        array[i] = value
+
+    return store
+
+
+def _check_global(name: str, instruction: str, array: Any) -> None:
+    if isinstance(array, Array) and array.space != "global":
+        raise UnsupportedError(
+            f"cuda.{name} of {array!r}: expected an array in global memory, as Numba emits "
+            f"{instruction} for it, which faults on any other"
+        )
 
 
 class Namespace(WarpOperations):
@@ -97,22 +141,10 @@ class Namespace(WarpOperations):
         self.machine.pause()
         self.machine.polled("nanosleep")
 
-    def _strong_load(self, array: Any, i: Any) -> Any:
-        return atomics.strong_load(self.machine, array, i)
-
-    def _strong_store(self, array: Any, i: Any, value: Any) -> None:
-        atomics.strong_store(self.machine, array, i, value)
-
-    def _weak_load(self, array: Any, i: Any) -> Any:
-        return array[i]
-
-    def _weak_store(self, array: Any, i: Any, value: Any) -> None:
-        array[i] = value
-
-    ldcg = ldcv = _strong_load
-    stcg = stwt = _strong_store
-    ldca = ldcs = ldlu = _weak_load
-    stcs = stwb = _weak_store
+    ldcg, ldcv = _strong_load("ldcg"), _strong_load("ldcv")
+    stcg, stwt = _strong_store("stcg"), _strong_store("stwt")
+    ldca, ldcs, ldlu = map(_weak_load, ("ldca", "ldcs", "ldlu"))
+    stcs, stwb = map(_weak_store, ("stcs", "stwb"))
 
     fma = staticmethod(floats.fma)
     cbrt = staticmethod(floats.cbrt)

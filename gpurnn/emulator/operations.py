@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Operations"]
 
+# The highest number of a barrier within a block.
+MOST_NAMED = 15
+
 
 class Operations:
     """Clusters, named barriers, strong accesses and exchanges, for the thread that runs."""
@@ -58,7 +61,7 @@ class Operations:
         theirs = self._cuda.shared.in_block(block, allocation)
         if block.live == 0:
             theirs.refuse()
-        access = theirs.access(shared.dtype)
+        access = theirs.access(shared.dtype, remote=block is not machine.thread.block)
         label = f"{shared.label} of block {tuple(block.index)}"
         return array(machine, access, shared.k0, shared.shape, shared.steps, label)
 
@@ -109,6 +112,13 @@ class Operations:
     def _named(self, number: int, count: int) -> PhaseBarrier:
         machine = self._machine
         block = machine.thread.block
+        if not 0 < number <= MOST_NAMED:
+            place = machine.place()
+            raise BarrierError(
+                f"{place}: barrier {number}: expected 1 to {MOST_NAMED} (0 is that of "
+                "cuda.syncthreads)",
+                place,
+            )
         if count % WARP or not 0 < count <= -(-len(block.threads) // WARP) * WARP:
             place = machine.place()
             raise BarrierError(
@@ -119,7 +129,8 @@ class Operations:
         barrier = block.named.get(number)
         if barrier is None:
             whose = f"block {tuple(block.index)}"
-            barrier = PhaseBarrier(machine, f"barrier {number}", count, whose)
+            operation = f"barrier {number}"
+            barrier = PhaseBarrier(machine, operation, count, whose, whole_warps=True)
             block.named[number] = barrier
         if barrier.count != count and barrier.arrived:
             place = machine.place()

@@ -50,16 +50,23 @@ class Conflict(RaceError):
         self.bytes = range(grain * size, (grain + 1) * size)
 
 
+# The first byte and the size of an access; with the thread that made it.
+Span = tuple[int, int]
+Owner = tuple[int, Span]
+
+
 class StrongRecord:
     """What happened to a location since the first strong access after its last plain write."""
 
-    __slots__ = ("loads", "plain", "releases", "stores")
+    __slots__ = ("loads", "plain", "releases", "spans", "stores")
 
     def __init__(self, plain: int):
-        # Epochs: of the last plain write (0: before the launch, NEVER), and by thread.
+        # Epochs: of the last plain write (0: before the launch, NEVER), and by thread and bytes.
         self.plain = plain
-        self.stores: dict[int, int] = {}
-        self.loads: dict[int, int] = {}
+        self.stores: dict[Owner, int] = {}
+        self.loads: dict[Owner, int] = {}
+        # Which bytes were accessed at once: strong accesses to others that overlap may race.
+        self.spans: set[Span] = set()
         # What a strong load acquires.
         self.releases: tuple[Release, ...] = ()
 
@@ -67,7 +74,7 @@ class StrongRecord:
         """Return one that goes its own way from here."""
         other = StrongRecord(self.plain)
         other.stores, other.loads = dict(self.stores), dict(self.loads)
-        other.releases = self.releases
+        other.releases, other.spans = self.releases, set(self.spans)
         return other
 
 
@@ -149,7 +156,8 @@ def strong_load(access: Access, k: int) -> Any:
         record = _record(access, k, g, t, "strong read")
         if record.plain == NEVER and not record.stores:
             uninitialized(access, k)
-        record.loads[t.tid] = t.epoch
+        span = _overlap(access, k, g, record, record.stores, "strong write", "strong read")
+        record.loads[t.tid, span] = t.epoch
         t.hear(record.releases)
     return access.get(k)
 
@@ -168,7 +176,9 @@ def strong_store(access: Access, k: int, value: Any) -> bool:
             continue
         record = _record(access, k, g, t, "strong write")
         _after_readers(access, k, g, t, "strong write")
-        record.stores[t.tid] = t.epoch
+        _overlap(access, k, g, record, record.loads, "strong read", "strong write")
+        span = _overlap(access, k, g, record, record.stores, "strong write", "strong write")
+        record.stores[t.tid, span] = t.epoch
         record.releases = t.publications()
     return _put(access, k, value)
 
@@ -185,11 +195,33 @@ def strong_update(access: Access, k: int, change: Callable[[Any], Any]) -> tuple
     for g in access.grains(k) if allocation.machine.check_races else ():
         record = allocation.strong[g]
         _after_readers(access, k, g, t, "atomic update")
-        record.stores[t.tid] = t.epoch
+        span = _overlap(access, k, g, record, record.loads, "strong read", "atomic update")
+        record.stores[t.tid, span] = t.epoch
         mine = t.publications()
         if mine:
             record.releases = (*_not_in(record.releases, mine[0]), *mine)
     return old, _put(access, k, change(old))
+
+
+def _overlap(
+    access: Access,
+    k: int,
+    g: int,
+    record: StrongRecord,
+    epochs: dict[Owner, int],
+    other: str,
+    mine: str,
+) -> Span:
+    """Check that strong accesses to a grain are to the same bytes, or ordered; return these."""
+    size = access.dtype.itemsize
+    span = k * size, size
+    record.spans.add(span)
+    if len(record.spans) > 1:
+        t = access.allocation.machine.thread
+        for (_, theirs), epoch in epochs.items():
+            if theirs != span and not t.precedes(epoch):
+                conflict(access, k, epoch, other, f"{mine} of not quite the same bytes", g)
+    return span
 
 
 def _not_in(releases: tuple[Release, ...], last: Release) -> tuple[Release, ...]:

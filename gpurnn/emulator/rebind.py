@@ -10,7 +10,9 @@ import builtins
 import functools
 import importlib
 import math
+import os
 import sys
+import sysconfig
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -48,6 +50,10 @@ _INT64 = cast(np.dtype(np.int64))
 _BUILTINS = {**vars(builtins), "float": _float, "int": _INT64}
 
 
+# Where the standard library lies, and below it what others install.
+_LIBRARY = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib")})
+_INSTALLED = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
+
 # Plain numbers, that differ from thread to thread: only ``cuda.laneid`` can be replaced.
 _VALUES = ("laneid", "warpsize")
 
@@ -82,14 +88,19 @@ class Rebinder:
         if callable(twin):
             return self._keep(value, functools.partial(twin, self._cuda))
         if hasattr(value, "py_func"):
-            return self._keep(value, self(value.py_func))
+            return self._keep(value, self.kernel(value.py_func))
         if isinstance(value, FunctionType):
-            return self._function(value)
+            return value if _is_library(value) else self._function(value)
         if isinstance(value, ModuleType):
             return self._keep(value, _Module(value, self))
         if isinstance(value, tuple | list):
             return self._sequence(value)
         return self._constant(value)
+
+    def kernel(self, function: FunctionType) -> Any:
+        """Return a kernel or device function made again, wherever it comes from."""
+        found = self._done.get(id(function))
+        return self._function(function) if found is None else found[1]
 
     def _constant(self, value: Any) -> Any:
         if type(value) is float:
@@ -126,8 +137,6 @@ class Rebinder:
         module = (function.__module__ or "").partition(".")[0]
         if module == "numba":
             return self._keep(function, _Missing(f"{function.__module__}.{function.__name__}"))
-        if module in sys.stdlib_module_names or module == "numpy":
-            return function
         code = self._code(function.__code__)
         names: dict[str, Any] = {"__builtins__": _BUILTINS, "__name__": function.__module__}
         cells = tuple(CellType() for _ in function.__closure__ or ())
@@ -246,6 +255,14 @@ class _Index:
 
     def __getattr__(self, axis: str) -> Any:
         return getattr(getattr(self._cuda, self._name), axis)
+
+
+def _is_library(function: FunctionType) -> bool:
+    """Whether a function is NumPy's or the standard library's, by where its code lies."""
+    file = function.__code__.co_filename
+    if (function.__module__ or "").partition(".")[0] == "numpy" or file.startswith("<frozen "):
+        return True
+    return file.startswith(_LIBRARY) and not any(part in file for part in _INSTALLED)
 
 
 def _names(code: CodeType) -> set[str]:

@@ -16,9 +16,13 @@ from gpurnn.emulator.threads import Block
 if TYPE_CHECKING:
     from gpurnn.emulator.machine import Machine
 
-__all__ = ["Shared"]
+__all__ = ["MOST_SHARED", "Shared"]
 
 DYNAMIC = "dynamic"
+
+# Bytes of a block: declared arrays alone, and with the dynamic buffer.
+MOST_STATIC = 48 * 1024
+MOST_SHARED = 227 * 1024
 
 
 class Shared:
@@ -77,6 +81,9 @@ class Shared:
     def _allocate(
         self, block: Block, number: Any, nbytes: int, itemsize: int, label: str
     ) -> Allocation:
+        if number != DYNAMIC:
+            self._check_room(block, nbytes, label)
+
         def describe(offset: int, size: int) -> str:
             if offset < 0:
                 return label
@@ -94,3 +101,17 @@ class Shared:
         )
         block.shared[number] = allocation
         return allocation
+
+    def _check_room(self, block: Block, nbytes: int, label: str) -> None:
+        """Raise if a block's shared memory cannot hold another declared array."""
+        static = nbytes + sum(a.raw.size for n, a in block.shared.items() if n != DYNAMIC)
+        if static > MOST_STATIC:
+            raise UnsupportedError(
+                f"with {label}, declared shared arrays have {static} bytes: expected at most "
+                f"{MOST_STATIC}, and more than that as dynamic shared memory"
+            )
+        if static + self._dynamic > MOST_SHARED:
+            raise UnsupportedError(
+                f"with {label}, declared shared arrays have {static} bytes beside {self._dynamic} "
+                f"dynamic ones: expected at most {MOST_SHARED} together"
+            )

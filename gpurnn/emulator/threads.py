@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from greenlet import greenlet
 
-    from gpurnn.emulator.barriers import Meeting, PhaseBarrier
+    from gpurnn.emulator.barriers import Meeting, Phase, PhaseBarrier
     from gpurnn.emulator.memory import Allocation
 
 __all__ = ["WARP", "Block", "Cluster", "Dim3", "Site", "Thread", "Warp"]
@@ -85,6 +85,7 @@ class Thread:
         "known",
         "known_array",
         "lane",
+        "movable",
         "pending",
         "pending_block",
         "polls",
@@ -95,6 +96,7 @@ class Thread:
         "seen",
         "seen_version",
         "single",
+        "stored",
         "tid",
         "waiting",
         "warp",
@@ -111,11 +113,15 @@ class Thread:
         # What it waits for.
         self.waiting: str | None = None
         self.result: Any = None
-        self.arrivals: dict[PhaseBarrier, int] = {}
+        self.arrivals: dict[PhaseBarrier, Phase] = {}
         # Reads of unchanged memory, since others changed any, and since this thread stored.
         self.polls = self.idle = self.rereads = 0
         self.busy = False
         self.seen: set[Any] = set()
+        # States in which it stored what was there.
+        self.stored: set[int] = set()
+        # Addresses it read without side effects since it last had any, and in which state.
+        self.movable: dict[Any, int | None] = {}
         self.seen_version = self.activity_seen = -1
         self.counts: dict[Any, int] = {}
         # Vector clock.

@@ -81,7 +81,8 @@ class Traffic:
         turn = t.counts[instruction] = t.counts.get(instruction, -1) + 1
         size = access.dtype.itemsize
         warps = self._seen[instruction]
-        warps.setdefault((id(t.warp), turn), set()).add((allocation.key, k * size, size))
+        first = k * size - allocation.origin
+        warps.setdefault((id(t.warp), turn), set()).add((allocation.key, first, size))
 
     def lines(self) -> tuple[LineTraffic, ...]:
         """Return the cost of each source line."""

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from kernel_lines import line, raises
 from numba import cuda, int32
+from twins import volatile_load
 
 from gpurnn import emulator
 from gpurnn.emulator import BarrierError, DeadlockError
@@ -127,7 +128,7 @@ def grid_sync_against_block_barrier(x):
     if cuda.blockIdx.x == 0:
         cuda.cg.this_grid().sync()  # grid
     else:
-        while cuda.ldcv(x, 0) == 0:  # poll
+        while volatile_load(x, 0) == 0:  # poll
             pass
         cuda.cg.this_grid().sync()
 
@@ -162,7 +163,7 @@ def poll_with_barrier(flag, out):
     s = cuda.shared.array(1, int32)
     while True:
         if cuda.threadIdx.x == 0:
-            s[0] = cuda.ldcv(flag, 0)
+            s[0] = volatile_load(flag, 0)
         cuda.syncthreads()
         if s[0] != 0:
             break
@@ -205,7 +206,7 @@ def slow_answer(flag, work):
         if cuda.threadIdx.x == 0:
             cuda.stcg(flag, 0, 1)
     else:
-        while cuda.ldcv(flag, 0) == 0:
+        while volatile_load(flag, 0) == 0:
             pass
 
 

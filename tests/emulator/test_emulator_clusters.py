@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import twins
 from kernel_lines import line, raises
-from numba import cuda, float32, int32
+from numba import cuda, float32, int32, int64
 from twins import (
     cluster_arrive,
     cluster_map,
@@ -40,6 +40,7 @@ def cluster_sum(x, out):
 @cuda.jit
 def cluster_sum_no_barrier(x, out):
     part = cuda.shared.array(1, float32)
+    cluster_sync()
     part[0] = x[cuda.blockIdx.x]  # write
     cuda.syncthreads()
     if cluster_rank() == 1:
@@ -86,6 +87,7 @@ def test_a_block_returns_while_others_read_its_shared_memory(seed):
 def test_the_barrier_in_two_steps():
     def kernel(out, order):
         s = cuda.shared.array(1, int32)
+        cluster_sync()
         s[0] = 5 + cluster_rank()
         cluster_arrive()
         out[0, cuda.grid(1)] = s[0]  # own memory needs no wait
@@ -147,6 +149,7 @@ def test_writing_to_others_and_to_parts():
         s = cuda.shared.array((2, 4), int32)
         rank, i = cluster_rank(), cuda.threadIdx.x
         theirs = cluster_map(s[1], 1 - rank)
+        cluster_sync()
         theirs[i] = 10 * rank + i
         cluster_sync()
         out[rank, i] = s[1, i]
@@ -183,3 +186,31 @@ def test_a_block_has_returned_before_others_read_its_shared_memory():
     with raises(BarrierError, read_late, "read") as info:
         emulator.launch(read_late, 2, 1, (np.ones(2, np.float32), np.zeros(1)), cluster=2)
     assert "of block (1, 0, 0), all of whose threads have returned" in str(info.value)
+
+
+@cuda.jit
+def reach_early(out, how):
+    s = cuda.shared.array(2, int32)
+    if how == 3:
+        cuda.syncthreads()
+    theirs = cluster_map(s, 1 - cluster_rank())
+    if how == 0:
+        theirs[0] = 1  # reach
+    elif how == 1:
+        cuda.atomic.add(theirs, 0, 1)
+    elif how == 2:
+        theirs.view(int64)[0] = 1
+    else:
+        out[0] = theirs[0]
+    cluster_sync()
+    out[cuda.blockIdx.x] = s[0]
+
+
+@pytest.mark.parametrize("how", range(4))
+@pytest.mark.parametrize("seed", [None, 0, 1])
+def test_a_block_may_not_have_begun_when_others_reach_for_its_shared_memory(how, seed):
+    with pytest.raises(BarrierError, match="need not have begun: expected a cluster barrier"):
+        emulator.launch(reach_early, 2, 1, (np.zeros(2), how), cluster=2, seed=seed)
+    if how == 0:
+        with raises(BarrierError, reach_early, "reach"):
+            emulator.launch(reach_early, 2, 1, (np.zeros(2), how), cluster=2, seed=seed)

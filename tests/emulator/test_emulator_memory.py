@@ -369,3 +369,45 @@ def test_an_exception_says_where_the_kernel_was():
         emulator.launch(kernel, 1, 1, (np.zeros(1),))
     (note,) = info.value.__notes__
     assert f"{__file__}:" in note and "block (0, 0, 0), thread (0, 0, 0)" in note
+
+
+@cuda.jit
+def half_written(out):
+    s = cuda.shared.array(2, uint32)
+    s[0] = 1
+    out[0] = s.view(int64)[0]  # read
+
+
+@pytest.mark.parametrize("check_races", [True, False])
+def test_half_of_a_wider_item_is_written(check_races):
+    with raises(UninitializedError, half_written, "read"):
+        emulator.launch(half_written, 1, 1, (np.zeros(1, np.int64),), check_races=check_races)
+
+
+@pytest.mark.parametrize("name", ["ldcg", "ldcv", "ldca", "ldcs", "ldlu"])
+@pytest.mark.parametrize("space", ["shared", "local"])
+def test_cached_loads_are_of_global_memory(name, space):
+    load, place = getattr(cuda, name), getattr(cuda, space)
+
+    def kernel(x):
+        s = place.array(1, int32)
+        s[0] = load(x, 0)
+        load(s, 0)
+
+    with pytest.raises(UnsupportedError, match=rf"cuda\.{name} of .*Numba emits ld\.global"):
+        emulator.launch(kernel, 1, 1, (np.zeros(1, np.int32),))
+
+
+@pytest.mark.parametrize("name", ["stcg", "stwt", "stcs", "stwb"])
+@pytest.mark.parametrize("space", ["shared", "local"])
+def test_cached_stores_are_to_global_memory(name, space):
+    store, place = getattr(cuda, name), getattr(cuda, space)
+
+    def kernel(x):
+        store(x, 0, 1)
+        store(place.array(1, int32), 0, 1)
+
+    x = np.zeros(1, np.int32)
+    with pytest.raises(UnsupportedError, match=rf"cuda\.{name} of .*Numba emits st\.global"):
+        emulator.launch(kernel, 1, 1, (x,))
+    assert x[0] == 1

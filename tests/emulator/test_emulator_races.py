@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from kernel_lines import line, raises
 from numba import cuda, float32, int8, int32, int64
+from twins import volatile_load
 
 from gpurnn import emulator
 from gpurnn.emulator import RaceError
@@ -176,7 +177,7 @@ def publish(data, flag, out):
         cuda.threadfence()
         cuda.atomic.add(flag, 0, 1)
     else:
-        while cuda.ldcv(flag, 0) == 0:
+        while volatile_load(flag, 0) == 0:
             pass
         cuda.threadfence()
         out[0] = data[0]
@@ -188,7 +189,7 @@ def publish_without_first_fence(data, flag, out):
         data[0] = 7.0  # write
         cuda.atomic.add(flag, 0, 1)
     else:
-        while cuda.ldcv(flag, 0) == 0:
+        while volatile_load(flag, 0) == 0:
             pass
         cuda.threadfence()
         out[0] = data[0]  # read
@@ -201,7 +202,7 @@ def publish_without_second_fence(data, flag, out):
         cuda.threadfence()
         cuda.atomic.add(flag, 0, 1)
     else:
-        while cuda.ldcv(flag, 0) == 0:
+        while volatile_load(flag, 0) == 0:
             pass
         out[0] = data[0]  # read
 
@@ -213,7 +214,7 @@ def publish_block_fence(data, flag, out):
         cuda.threadfence_block()
         cuda.atomic.add(flag, 0, 1)
     elif cuda.grid(1) == 1:
-        while cuda.ldcv(flag, 0) == 0:
+        while volatile_load(flag, 0) == 0:
             pass
         cuda.threadfence_block()
         out[0] = data[0]  # read
@@ -252,7 +253,7 @@ def counter_barrier(x, count, out, steps):
         if i == 0:
             cuda.threadfence()
             cuda.atomic.add(count, 0, 1)
-            while cuda.ldcv(count, 0) < blocks * (t + 1):
+            while volatile_load(count, 0) < blocks * (t + 1):
                 pass
             cuda.threadfence()
         cuda.syncthreads()
@@ -273,7 +274,7 @@ def counter_barrier_one_buffer(x, count, out, steps):
         x[b] = t + b  # write
         cuda.threadfence()
         cuda.atomic.add(count, 0, 1)
-        while cuda.ldcv(count, 0) < cuda.gridDim.x * (t + 1):
+        while volatile_load(count, 0) < cuda.gridDim.x * (t + 1):
             pass
         cuda.threadfence()
         out[b] += x[(b + 1) % cuda.gridDim.x]  # read
@@ -297,9 +298,9 @@ def exchange_two_slots(words, out, steps):
         cuda.stcg(words, (t % 2, b), int64(t + 1) << 32 | (10 * t + b))
         total = 0
         for other in range(blocks):
-            word = cuda.ldcv(words, (t % 2, other))
+            word = volatile_load(words, (t % 2, other))
             while word >> 32 != t + 1:
-                word = cuda.ldcv(words, (t % 2, other))
+                word = volatile_load(words, (t % 2, other))
             total += word & 0xFFFFFFFF
         out[t, b] = total
 
@@ -311,9 +312,9 @@ def exchange_one_slot(words, out, steps):
         cuda.stcg(words, (0, b), int64(t + 1) << 32 | (10 * t + b))
         total = 0
         for other in range(blocks):
-            word = cuda.ldcv(words, (0, other))
+            word = volatile_load(words, (0, other))
             while word >> 32 != t + 1:
-                word = cuda.ldcv(words, (0, other))  # poll
+                word = volatile_load(words, (0, other))  # poll
             total += word & 0xFFFFFFFF
         out[t, b] = total
 
@@ -427,7 +428,7 @@ def two_fences(data, flag, out):
         cuda.threadfence_block()
         cuda.atomic.add(flag, 0, 1)
     else:
-        while cuda.ldcv(flag, 0) == 0:
+        while volatile_load(flag, 0) == 0:
             pass
         cuda.threadfence()
         out[0] = data[0]
@@ -536,3 +537,39 @@ def plain_read_of_a_strong_store(x, out):
 def test_a_plain_read_of_a_strong_store():
     with raises(RaceError, plain_read_of_a_strong_store, "read", "store"):
         emulator.launch(plain_read_of_a_strong_store, 1, 2, (np.zeros(1), np.zeros(1)))
+
+
+@cuda.jit
+def halves(words, wide, how):
+    if cuda.blockIdx.x == 0:
+        cuda.stcg(words, 0, 5)
+        cuda.stcg(words, 1, 7)  # half
+    elif how == 0:
+        cuda.ldcv(wide, 0)  # whole
+    elif how == 1:
+        cuda.stcg(wide, 0, 1)
+    else:
+        cuda.atomic.add(wide, 0, 1)
+
+
+@cuda.jit
+def halves_in_turn(words, wide, out):
+    if cuda.blockIdx.x == 0:
+        cuda.stcg(words, 0, 5)
+        cuda.stcg(words, 1, 7)
+    cuda.cg.this_grid().sync()
+    out[cuda.blockIdx.x] = cuda.ldcv(wide, 0)
+
+
+@pytest.mark.parametrize("how", [0, 1, 2])
+@pytest.mark.parametrize("seed", [None, *range(4)])
+def test_strong_accesses_of_several_sizes(how, seed):
+    words = np.zeros(2, np.uint32)
+    with pytest.raises(RaceError, match="not quite the same bytes"):
+        emulator.launch(halves, 2, 1, (words, words.view(np.uint64), how), seed=seed)
+
+
+def test_strong_accesses_of_several_sizes_in_turn():
+    words, out = np.zeros(2, np.uint32), np.zeros(2, np.uint64)
+    emulator.launch(halves_in_turn, 2, 1, (words, words.view(np.uint64), out))
+    assert (out == 5 + (7 << 32)).all()

@@ -1,6 +1,7 @@
 """Everything a kernel refers to is replaced for it, and for nobody else."""
 
 import collections
+import importlib.util
 import math
 from math import tanh
 
@@ -196,3 +197,31 @@ def test_acquire_and_release():
     assert out[0] == 3
     with pytest.raises(emulator.RaceError):
         emulator.launch(make(relaxed), 2, 1, (np.zeros(1), np.zeros(1, np.int32), out))
+
+
+NAMED_LIKE_THE_STANDARD_LIBRARY = """
+from numba import cuda
+
+def first():
+    return cuda.grid(1)
+
+@cuda.jit(device=True)
+def second():
+    return first() + 1
+
+@cuda.jit
+def kernel(out):
+    out[cuda.grid(1)] = first() + second()
+"""
+
+
+@pytest.mark.parametrize("name", ["profile", "queue"])
+def test_a_module_named_like_one_of_the_standard_library(name, tmp_path):
+    path = tmp_path / f"{name}.py"
+    path.write_text(NAMED_LIKE_THE_STANDARD_LIBRARY, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    out = np.zeros(4)
+    emulator.launch(module.kernel, 2, 2, (out,))
+    assert out.tolist() == [1, 3, 5, 7]

@@ -82,9 +82,7 @@ def test_sectors(step, first, needed, ideal):
         i = cuda.threadIdx.x
         out[i] = x[first + step * i]  # copy
 
-    room = np.zeros(1100 + 8, np.float32)
-    start = -(room.ctypes.data // 4) % 8  # a sector's first byte
-    x, out = room[start : start + 1100], np.zeros(32, np.float32)
+    x, out = np.zeros(1100, np.float32), np.zeros(32, np.float32)
     assert cost(kernel, "copy", "read", "global", x, out) == (1, needed, ideal)
 
 
@@ -105,3 +103,14 @@ def test_the_report_as_text():
     assert "1 × syncthreads" in text and "8192 bytes" in text
     assert f"test_emulator_traffic.py:{line(kernel, 'use')}" in report.table()
     assert emulator.launch(kernel, 1, 32, (out,)).traffic == ()
+
+
+def test_sectors_are_those_of_the_whole_buffer():
+    @cuda.jit
+    def kernel(x, out):
+        out[cuda.threadIdx.x] = x[cuda.threadIdx.x]  # copy
+
+    room, out = np.zeros((2, 64), np.float32), np.zeros(32, np.float32)
+    for first, needed in ((0, 4), (1, 5), (4, 5), (7, 5), (8, 4)):
+        for x in (room[0, first : first + 32], room[1:].reshape(64)[first:][:32]):
+            assert cost(kernel, "copy", "read", "global", x, out) == (1, needed, 4)
