@@ -3,11 +3,14 @@
 
     python3 scripts/gpu_check.py --out gpu-results
 
-It runs the checkout it lies in, which need not be installed; Python needs what `gpurnn[cuda13]`
-asks for, pytest and hypothesis for the tests, and PyTorch and JAX are compared with if they are
-there. Its parts follow each other whatever the one before came to, each with its own time limit:
+It runs the checkout it lies in, which need not be installed. Python, 3.11 or later, needs numpy,
+cupy, numba and numba-cuda with its compiler (what `gpurnn[cuda13]` asks for), and pytest and
+hypothesis for the tests. Not needed, but used if they are there: torch and jax to compare with,
+ml_dtypes for bfloat16, greenlet for the emulator, matplotlib for the plot. The packages of the
+command line (typer, rich), pooch and threadpoolctl are not needed. Its parts follow each other
+whatever the one before came to, each with its own time limit:
 
-    import     the checkout's packages can be imported
+    import     every module that the parts after it need can be imported, the checkout's too
     doctor     what is installed, which GPU there is, kernels against the reference
     tests      the tests with the marker gpu
     memcheck   a few small cases under compute-sanitizer, if that is installed
@@ -15,12 +18,13 @@ there. Its parts follow each other whatever the one before came to, each with it
     bench      the benchmark
 
 In the folder --out (else $OUT, else gpu-results) it writes summary.json (outcome, exit code and
-seconds of each part), doctor.json, tests.json, bench.json with bench.png, and log.txt, all that was
-printed. Exit code: 0 every part passed; 1 one failed or ran out of time; 3 none failed, but one
-could not be run, and summary.json says why; 2 a mistake in the command.
+seconds of each part), imports.json, doctor.json, tests.json, bench.json with bench.png, and
+log.txt, all that was printed. Exit code: 0 every part passed; 1 one failed or ran out of time; 3
+none failed, but one could not be run, and summary.json says why; 2 a mistake in the command.
 """
 
 import argparse
+import importlib
 import json
 import os
 import shutil
@@ -32,7 +36,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -140,6 +144,8 @@ def run_part(part: Part, seconds: float, cwd: Path, env: dict[str, str], log: IO
         result.seconds = round(time.monotonic() - begun, 2)
     if result.outcome == "skipped" and result.rc is not None:
         result.outcome, result.detail = _judged(part, result.rc)
+    elif result.outcome == "timed out" and part.judge is not None and result.rc is not None:
+        result.detail += f"; {_judged(part, result.rc)[1]}"  # how far it had come
     return result
 
 
@@ -210,6 +216,49 @@ def judge_doctor(rc: int, out: Path) -> tuple[str, str]:
     return ("skipped", absent[0]) if absent else ("passed", f"{len(findings)} findings")
 
 
+def judge_imports(out: Path) -> tuple[str, str]:
+    """Judge what could be imported: what is needed must be."""
+    found = json.loads(out.read_text())
+    if found["missing"]:
+        return "failed", "; ".join(f"{name}: {error}" for name, error in found["missing"].items())
+    return "passed", f"without {', '.join(found['without'])}" if found["without"] else ""
+
+
+def judge_bench(rc: int, out: Path) -> tuple[str, str]:
+    """Judge the benchmark by its result: something must have been measured, nothing be wrong."""
+    if not out.exists():
+        return "failed", f"nothing was measured, exit code {rc}: see log.txt"
+    result = json.loads(out.read_text())
+    records = result["records"]
+    measured = [record for record in records if "times_us" in record]
+    counts = {what: sum(what in r for r in records) for what in ("left_out", "failed")}
+    told = f"{len(measured)} of {result.get('runs', len(records))} measured"
+    told += "".join(f", {n} {what.replace('_', ' ')}" for what, n in counts.items() if n)
+    told += f"; peers: {_peers_told(measured)}"
+    if not result["complete"]:
+        told += "; it did not come to its end"
+    wrong = rc != 0 or not measured or counts["failed"] or not result["complete"]
+    if wrong and rc:
+        told += f"; exit code {rc}"
+    return "failed" if wrong else "passed", told
+
+
+def _peers_told(measured: Sequence[dict[str, Any]]) -> str:
+    peers: dict[str, dict[str, int]] = {}
+    for record in measured:
+        for name, found in record.get("peers", {}).items():
+            what = next((w for w in ("failed", "left_out") if w in found), "measured")
+            counts = peers.setdefault(name, {})
+            counts[what] = counts.get(what, 0) + 1
+    told = [
+        f"{name} " + ", ".join(f"{n} {what.replace('_', ' ')}" for what, n in counts.items())
+        for name, counts in sorted(peers.items())
+    ]
+    if not any(name.startswith("torch") and "measured" in peers[name] for name in peers):
+        told.append("no torch to compare with")
+    return "; ".join(told)
+
+
 def sanitizer() -> str | None:
     """Return compute-sanitizer's path: on PATH, or in the CUDA toolkit's usual place."""
     for folder in (
@@ -235,7 +284,7 @@ def parts_of(root: Path, out: Path, scratch: Path) -> list[Part]:
     """Return what is to be run, in its order."""
     python = sys.executable
     junit = scratch / "junit.xml"
-    imports = "import gpurnn, gpurnn.kernels as k; print(gpurnn.__file__, k.__file__)"
+    script = str(Path(__file__).resolve())
 
     def tests(_: float) -> list[str]:
         options = ["-m", "gpu", "-c", str(root / "pyproject.toml"), "--rootdir", str(root)]
@@ -244,8 +293,8 @@ def parts_of(root: Path, out: Path, scratch: Path) -> list[Part]:
 
     def bench(seconds: float) -> list[str]:
         limit = str(max(1.0, round(seconds - MARGIN, 1)))
-        options = ["--device", "cuda", "--limit", limit, "--out", str(out / "bench.json")]
-        return [python, "-m", "gpurnn", "bench", *options]
+        options = ["--device", "cuda", "--limit", limit, "--out", str(figures)]
+        return [python, "-m", "gpurnn.bench", *options]
 
     def sanitized(tool: str) -> Part:
         program = sanitizer()
@@ -257,20 +306,25 @@ def parts_of(root: Path, out: Path, scratch: Path) -> list[Part]:
         return Part(
             tool,
             60.0,
-            lambda _: [str(program), *options, python, str(Path(__file__).resolve()), "--cases"],
-            lambda rc: (
-                ("passed", "") if rc == 0 else ("failed", SANITIZED.get(rc, f"exit code {rc}"))
-            ),
+            lambda _: [str(program), *options, python, script, "--cases"],
+            judge_cases,
             skip="" if program else "compute-sanitizer was not found (it is in the CUDA toolkit)",
         )
 
-    doctor = out / "doctor.json"
+    doctor, imports, figures = (out / f"{name}.json" for name in ("doctor", "imports", "bench"))
     return [
-        Part("import", 60.0, lambda _: [python, "-c", imports]),
+        Part(
+            "import",
+            60.0,
+            lambda _: [python, script, "--imports"],
+            lambda _: judge_imports(imports),
+            stdout=imports,
+            writes=(imports,),
+        ),
         Part(
             "doctor",
-            90.0,
-            lambda _: [python, "-m", "gpurnn", "doctor", "--json"],
+            120.0,
+            lambda _: [python, "-m", "gpurnn.doctor", "--json"],
             lambda rc: judge_doctor(rc, doctor),
             stdout=doctor,
             writes=(doctor,),
@@ -285,26 +339,75 @@ def parts_of(root: Path, out: Path, scratch: Path) -> list[Part]:
         ),
         sanitized("memcheck"),
         sanitized("racecheck"),
-        Part("bench", BUDGET, bench, writes=(out / "bench.json", out / "bench.png")),
+        Part(
+            "bench",
+            BUDGET,
+            bench,
+            lambda rc: judge_bench(rc, figures),
+            writes=(figures, figures.with_suffix(".png")),
+        ),
     ]
 
 
-SANITIZED = {9: "compute-sanitizer found errors: see log.txt", 1: "a case gave wrong numbers"}
+NO_GPU, WRONG, SANITIZER = 3, 4, 9  # exit codes: ours of --cases, and compute-sanitizer's
+
+
+def judge_cases(rc: int) -> tuple[str, str]:
+    """Judge cases under compute-sanitizer by the exit code, its own or that of --cases."""
+    known = {
+        0: ("passed", ""),
+        NO_GPU: ("skipped", "no GPU: no case was run"),
+        WRONG: ("failed", "a case gave wrong numbers: see log.txt"),
+        SANITIZER: ("failed", "compute-sanitizer found errors: see log.txt"),
+    }
+    return known.get(rc, ("failed", f"it crashed, exit code {rc}: see log.txt"))
 
 
 def run_cases() -> int:
-    """Run small cases on the GPU, forward and backward, for each kernel and dtype."""
-    import cupy  # type: ignore[import-not-found,unused-ignore]
+    """Run small cases on the GPU, forward and backward, for each kernel and dtype.
 
+    Return 0; NO_GPU; WRONG if numbers are wrong; 1 if a case could not be finished.
+    """
+    from gpurnn.cuda.engines import cupy
+    from gpurnn.doctor.device import why_no_gpu
     from gpurnn.doctor.kernels import gpu_checks
 
-    cupy.cuda.set_allocator(None)  # no pool: memory ends where the array does
+    missing = why_no_gpu()
+    if missing is not None:
+        print(f"no GPU, no case was run: {missing}")
+        return NO_GPU
+    cupy().cuda.set_allocator(None)  # no pool: memory ends where the array does
     findings = list(gpu_checks())
     for finding in findings:
         print(f"{finding.status}: {finding.name}: {finding.detail}", flush=True)
-    if not findings:
-        print("no GPU: no case was run")
-    return 0 if findings and all(finding.status == "ok" for finding in findings) else 1
+    failed = [finding for finding in findings if finding.status == "failed"]
+    if any(finding.detail.startswith("wrong numbers") for finding in failed):
+        return WRONG
+    return 1 if failed or not findings else 0
+
+
+NEEDED = ("numpy", "cupy", "numba.cuda", "cuda.bindings.nvvm", "cuda.bindings.nvjitlink")
+NEEDED += ("cuda.core", "pytest", "hypothesis", "gpurnn", "gpurnn.kernels", "gpurnn.cuda.engines")
+NEEDED += ("gpurnn.doctor.__main__", "gpurnn.bench.__main__")
+USED = ("torch", "jax", "ml_dtypes", "greenlet", "matplotlib")  # if they are there
+
+
+def try_imports() -> int:
+    """Import all that the parts need; print what cannot be as JSON, and where gpurnn lies."""
+    failed: dict[str, str] = {}
+    for name in (*NEEDED, *USED):
+        try:
+            importlib.import_module(name)
+        except Exception as e:  # a broken package may raise anything
+            failed[name] = f"{type(e).__name__}: {e}"
+    missing = {name: error for name, error in failed.items() if name in NEEDED}
+    without = {name: error for name, error in failed.items() if name in USED}
+    places = {
+        name: getattr(sys.modules.get(name), "__file__", None)
+        for name in ("gpurnn", "gpurnn.kernels")
+    }
+    print(json.dumps({"missing": missing, "without": without, "places": places}, indent=2))
+    return 1 if missing else 0
 
 
 def run_all(parts: Sequence[Part], budget: float, out: Path, view: Path) -> list[Result]:
@@ -355,7 +458,12 @@ def main(arguments: Sequence[str] | None = None, parts: Sequence[Part] | None = 
     parser.add_argument(
         "--cases", action="store_true", help="only run the small cases that memcheck watches"
     )
+    parser.add_argument(
+        "--imports", action="store_true", help="only try to import what the parts need"
+    )
     given = parser.parse_args(arguments)
+    if given.imports:
+        return try_imports()
     if given.cases:
         return run_cases()
     if not 0 < given.budget < float("inf"):

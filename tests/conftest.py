@@ -10,7 +10,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 from hypothesis import settings
-from threadpoolctl import threadpool_limits
 
 # The machines that run this differ in speed: no deadline for a single example.
 settings.register_profile("gpurnn", deadline=None)
@@ -24,6 +23,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def pytest_configure(config: pytest.Config) -> None:
     """Also where NumPy was there already."""
     if hasattr(config, "workerinput"):
+        from threadpoolctl import threadpool_limits
+
         threadpool_limits(1)
 
 

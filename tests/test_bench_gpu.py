@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import math
+import os
+import signal
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,7 @@ from gpurnn.bench import (
     peers,
     plot,
 )
+from gpurnn.bench import __main__ as bench_module
 from gpurnn.bench.launches import RecordingEngine
 from gpurnn.cli import app
 from gpurnn.cli.bench import COLUMNS
@@ -136,6 +140,28 @@ def test_ids(engine: Engine) -> None:
     }
     assert "forward_backward_graph" not in record["us_per_step"]
     assert not [peer for peer in record["peers"].values() if "failed" in peer]
+    for peer in record["peers"].values():
+        assert "one-hot floats" in peer["input"]
+
+
+@pytest.mark.parametrize("ids", [False, True])
+def test_peers_compute_the_gradients_that_we_compute(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, ids: bool
+) -> None:
+    """For ids there is no gradient of X, so theirs of the one-hot matrix is not timed either."""
+    pytest.importorskip("torch", reason="torch is not installed")
+    made: list[peers.TorchRNN] = []
+
+    def torch_rnn(arguments: Any, dH: Any, wants_dX: bool) -> Any:
+        made.append(peers.TorchRNN(arguments, dH, wants_dX, "ieee"))
+        return made[-1]
+
+    monkeypatch.setattr("gpurnn.bench.gpu.peers_for", lambda _: {"torch_ieee": torch_rnn})
+    (record,) = measured(engine, Run("book", Shape(4, 5, 6, 8), ids=ids))
+    assert record["peers"]["torch_ieee"]["error"] < 1e-5
+    assert [(peer.X.grad is None, len(peer.results())) for peer in made] == [
+        (ids, 5 if ids else 6)
+    ] * 2
 
 
 def test_step_kernel_is_also_replayed_as_a_graph(engine: Engine) -> None:
@@ -192,10 +218,10 @@ def test_peer_that_is_wrong_or_fails_is_named(
         def results(self) -> list[Any]:
             return [1.01 * a for a in super().results()]
 
-    def broken(arguments: Any, dH: Any) -> Any:
+    def broken(arguments: Any, dH: Any, wants_dX: bool) -> Any:
         raise RuntimeError("no kernel image")
 
-    made = {"wrong": lambda a, dH: Wrong(a), "broken": broken}
+    made = {"wrong": lambda a, dH, dX: Wrong(a), "broken": broken}
     monkeypatch.setattr("gpurnn.bench.gpu.peers_for", lambda _: made)
     (record,) = measured(engine, TINY)
     assert "ArithmeticError: wrong: relative error 1.00e-02" in record["peers"]["wrong"]["failed"]
@@ -210,7 +236,7 @@ def test_peer_that_waits_is_compared_with_our_waiting(
     class Waiting(peers.CuPyLoop):
         on_stream = False
 
-    made = {"waiting": lambda a, dH: Waiting(a)}
+    made = {"waiting": lambda a, dH, dX: Waiting(a)}
     monkeypatch.setattr("gpurnn.bench.gpu.peers_for", lambda _: made)
     clock = FakeClock()
     (record,) = measured(engine, TINY, clock=clock)
@@ -223,6 +249,29 @@ def test_limit_leaves_the_rest_out(engine: Engine) -> None:
     records = measured(engine, TINY, TINY, limit=1e-9)
     assert ["left_out" in r for r in records] == [True, True]
     assert gpu_summary(records)["left_out"] == 2
+
+
+def test_limit_within_a_run(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our figures stay; the peers, and a graph, that would come after the limit are left out."""
+    now = [0.0]
+    fake = types.SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr("gpurnn.bench.gpu.time", fake)
+
+    class Slow(FakeClock):
+        def _figure(self, kind: str, run: Callable[[], object]) -> dict[str, Any]:
+            now[0] += 1.0
+            return super()._figure(kind, run)
+
+    run = Run("wide", Shape(3, 2, 4, 5), kernel="step")
+    (record,) = measured(engine, run, clock=Slow(), limit=7.5)
+    told = {"left_out": "the time limit was reached"}
+    assert record["times_us"]["recurrence_backward_graph"] == told
+    assert record["peers"]["cupy_loop"] == told
+    assert record["ratios"] == {}
+    assert gpu_summary([record])["peers_left_out"]["cupy_loop"] == 1
+    now[0] = 0.0
+    (record,) = measured(engine, run, clock=Slow(), limit=3.5)
+    assert record == {**run.about(), **told}
 
 
 def test_overhead(engine: Engine) -> None:
@@ -296,6 +345,8 @@ def test_compiling_in_processes_beside_each_other(
     specs = ahead.specs_of(TINY.shape, "float32", "step", H100)
     assert ahead.compile_ahead(specs, (9, 0), processes=1) == []
     assert not (tmp_path / "kernels").exists()
+    cut = ahead.compile_ahead(specs, (9, 0), processes=2, limit=0.0)
+    assert len(cut) <= 1  # what was begun is waited for
     wrong = dataclasses.replace(specs[0], dtype="float8")
     (failure,) = ahead.compile_ahead([*specs, *specs, wrong], (9, 0), processes=2)
     assert failure == "step_forward 16 float8: KeyError: 'float8'"
@@ -313,9 +364,29 @@ def test_floor_by_hand() -> None:
     wide = floors.floor(32, 1024, "float32", H100)
     assert wide.group > 10  # W_hh takes 4 MiB
     assert 0.9 < wide.us_per_step < 1.7  # the estimate by hand counts the exchange on top
-    assert floors.estimate(32, 1024) == (1.7, 1.7)
-    assert floors.estimate(1, 100) == (0.2, 0.4)
-    assert floors.estimate(1, 4096) is None
+    assert floors.estimate(32, 1024, "float32", H100) == (1.7, 1.7)
+    assert floors.estimate(1, 100, "float32", H100) == (0.2, 0.4)
+    assert floors.estimate(1, 4096, "float32", H100) is None
+
+
+def test_estimate_by_hand_is_of_one_device_and_dtype() -> None:
+    other = dataclasses.replace(H100, name="NVIDIA A100")
+    assert floors.estimate(1, 100, "float32", other) is None
+    assert floors.estimate(1, 100, "float16", H100) is None
+
+
+def test_concatenated_kernel_is_held_to_no_floor_of_the_recurrence(engine: Engine) -> None:
+    shape = Shape(3, 2, 4, 5)
+    runs = [Run("forms", shape, kernel=k, peers=False) for k in ("step", "concatenated")]
+    step, concatenated = measured(engine, *runs)
+    assert set(step["over_floor"]) == {
+        "recurrence_forward",
+        "recurrence_backward",
+        "recurrence_forward_graph",
+        "recurrence_backward_graph",
+    }
+    assert step["floor"]["assumes"] == "no tensor cores"
+    assert "over_floor" not in concatenated
 
 
 def test_samples_fill_their_time() -> None:
@@ -415,6 +486,7 @@ def test_clock_on_events(monkeypatch: pytest.MonkeyPatch) -> None:
         clocks.GPUClock().graph(fake.run, 0.01),
     ):
         assert found["median"] == pytest.approx(100.0)
+        assert found["by"] in (clocks.EVENTS, clocks.GRAPH)
         assert found["passes"] // clocks.LEAST_SAMPLES in (20, 21)
     for found in (
         clocks.GPUClock().wall(fake.run, 0.001),
@@ -497,7 +569,7 @@ def test_lines_of_the_plot() -> None:
         "gpurnn": [(32, 0.32), (64, 0.64)],
         "PyTorch, ieee": [(32, 0.96), (64, 1.92)],
         "CuPy loop": [(32, 16.0), (64, 32.0)],
-        "floor of the recurrence": [(32, 0.2), (64, 0.2)],
+        "floor without tensor cores": [(32, 0.2), (64, 0.2)],
     }
 
 
@@ -508,7 +580,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     monkeypatch.setattr("gpurnn.doctor.device.why_no_gpu", lambda: None)
     monkeypatch.setattr("gpurnn.bench.gpu_environment", lambda: found["environment"])
     monkeypatch.setattr("gpurnn.bench.measure_overhead", lambda **_: found["overhead_us"])
-    monkeypatch.setattr("gpurnn.bench.compile_runs", lambda runs: [])
+    monkeypatch.setattr("gpurnn.bench.compile_runs", lambda runs, **_: [])
 
     def run(*options: str, records: list[dict[str, Any]] = found["records"]) -> Any:
         monkeypatch.setattr("gpurnn.bench.measure_gpu", lambda **_: iter(records))
@@ -545,6 +617,77 @@ def test_command_fails_after_it_has_written_what_there_is(
     assert json.loads(out.read_text())["summary"]["failed"] == 1
 
 
+def test_result_is_kept_after_every_record(
+    command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each time whole, and known to be incomplete until the end."""
+    out = tmp_path / "figures.json"
+    found = result()["records"]
+    seen: list[tuple[bool, int]] = []
+
+    def records() -> Iterator[dict[str, Any]]:
+        for record in found:
+            yield record
+            kept = json.loads(out.read_text())
+            seen.append((kept["complete"], len(kept["records"])))
+
+    done = command("--device", "cuda", "--out", str(out), records=records())
+    assert done.exit_code == 0, done.output
+    assert seen == [(False, n + 1) for n in range(len(found))]
+    assert json.loads(out.read_text())["complete"] is True
+
+
+def test_sigterm_leaves_what_there_is(command: Callable[..., Any], tmp_path: Path) -> None:
+    out = tmp_path / "figures.json"
+    before = signal.getsignal(signal.SIGTERM)
+
+    def records() -> Iterator[dict[str, Any]]:
+        yield result()["records"][0]
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield pytest.fail("it goes on")
+
+    done = command("--device", "cuda", "--out", str(out), records=records())
+    assert done.exit_code == 128 + signal.SIGTERM
+    kept = json.loads(out.read_text())
+    assert (kept["complete"], len(kept["records"])) == (False, 1)
+    assert kept["summary"]["ratios"]["torch_ieee"]["forward"]["runs"] == 1
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_module_without_the_command_line(
+    command: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command("--device", "cuda")  # a machine that seems to have a GPU
+    found = result()["records"]
+    out = tmp_path / "figures.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gpurnn.bench.measure_gpu", lambda **_: iter(found))
+        assert bench_module.main(["--device", "cuda", "--out", str(out)]) == 0
+        assert out.with_suffix(".png").exists()
+        failed = {**TINY.about(), "failed": "ArithmeticError"}
+        patch.setattr("gpurnn.bench.measure_gpu", lambda **_: iter([failed]))
+        assert bench_module.main(["--device", "cuda", "--json"]) == 1
+    told = capsys.readouterr()
+    assert json.loads(told.out)["summary"]["failed"] == 1
+    assert "error: 1 of 1 runs failed" in told.err
+    with pytest.raises(SystemExit, match="2"):
+        bench_module.main(["--device", "gpu"])
+    assert "device is 'gpu'" in capsys.readouterr().err
+
+
+def test_overhead_that_fails_loses_nothing_else(
+    command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fails(**_: object) -> Any:
+        raise RuntimeError("illegal address")
+
+    monkeypatch.setattr("gpurnn.bench.measure_overhead", fails)
+    done = command("--device", "cuda", "--out", str(tmp_path / "figures.json"))
+    assert done.exit_code == 0, done.output
+    assert "FAILED: overhead: RuntimeError: illegal address" in done.stderr
+    assert len(json.loads((tmp_path / "figures.json").read_text())["records"]) == 4
+
+
 def test_plot_of_what_is_no_result(command: Callable[..., Any], tmp_path: Path) -> None:
     path = tmp_path / "no.json"
     for text, told in (("{", "is not JSON"), ("{}", "no timed record")):
@@ -569,6 +712,7 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gpurnn.doctor.device.nvidia_smi", lambda: None)
     found = gpu_environment()
     assert found["gpu"]["name"] == "a GPU"
+    assert "no_grad" in found["notes"]["torch_forward"]
     assert found["versions"]["numpy"] == np.__version__
     assert found["date"].endswith("+00:00")
     json.dumps(found, allow_nan=False)

@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import json
+import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 from gpurnn.cli import app
 from gpurnn.cuda import engines
 from gpurnn.doctor import Finding, broken, device, examine, kernels, packages, storage
+from gpurnn.doctor import __main__ as doctor_module
 from gpurnn.doctor.findings import found_by
 
 
@@ -38,7 +40,8 @@ class FakeRuntime:
 
     def getDeviceCount(self) -> int:
         if self.count < 0:
-            raise FakeRuntimeError("cudaErrorInsufficientDriver: too old")
+            name = "InsufficientDriver: too old" if self.count == -1 else "NoDevice: none"
+            raise FakeRuntimeError(f"cudaError{name}")
         return self.count
 
     def memGetInfo(self) -> tuple[int, int]:
@@ -70,6 +73,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
         limits = __import__("gpurnn.planning", fromlist=["DEVICES"]).DEVICES["H100"]
         monkeypatch.setattr(engines, "limits_of", lambda _: limits)
         monkeypatch.setattr(device, "nvidia_smi", lambda: {"driver_version": "580.1"})
+        monkeypatch.setattr(device, "listed_gpus", list)
 
     return install
 
@@ -92,7 +96,13 @@ def test_kernels_under_the_emulator_and_compiled() -> None:
     pytest.importorskip("greenlet", reason="the emulator needs greenlet")
     pytest.importorskip("numba.cuda", reason="the kernels need numba-cuda")
     found = by_name(examine())
-    for name in ("emulator, resident", "emulator, step"):
+    for name in (
+        "emulator, resident",
+        "emulator, step",
+        "emulator, concatenated",
+        "emulator, resident, float16",
+        "emulator, step, past a tile",
+    ):
         assert found[name].status == "ok"
         assert "as the reference" in found[name].detail
     for name in ("compiling for sm_80", "compiling for sm_90"):
@@ -124,7 +134,7 @@ def test_missing_package_comes_with_the_command_that_brings_it(
 
 
 def test_package_whose_module_is_gone_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packages, "_importable", lambda name: name != "numpy")
+    monkeypatch.setattr(packages, "_findable", lambda name: name != "numpy")
     found = by_name(packages.packages())["NumPy"]
     assert (found.status, found.advice) == ("failed", "pip install numpy --force-reinstall")
     assert "the module numpy cannot be found" in found.detail
@@ -142,22 +152,69 @@ def test_majors_of_cupy_and_compiler(
     assert (found.advice == "pip install cupy-cuda12x") == (status == "warning")
 
 
+def test_package_that_cannot_be_imported_is_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "libcublas.so.13: cannot open shared object file"
+    (tmp_path / "cupy").mkdir()
+    (tmp_path / "cupy" / "__init__.py").write_text(f"raise ImportError({text!r})")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [n for n in sys.modules if n.partition(".")[0] in ("cupy", "cupy_backends")]:
+        monkeypatch.delitem(sys.modules, name)
+    engines.cupy.cache_clear()
+    found = by_name(examine(checks=False))
+    engines.cupy.cache_clear()
+    assert found["CuPy"].status == found["GPU"].status == "failed"
+    assert f"cupy cannot be imported: ImportError: {text}" in found["CuPy"].detail
+    assert text in found["GPU"].detail and "cannot be imported" in found["GPU"].detail
+    assert found["GPU"].advice.endswith("--force-reinstall")
+    assert broken(found.values())
+
+
+def test_major_of_a_cupy_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Built from source, or conda's: no distribution's name says it, so CuPy is asked."""
+    runtime = types.SimpleNamespace(runtimeGetVersion=lambda: 12_080)
+    fake = types.SimpleNamespace(cuda=types.SimpleNamespace(runtime=runtime))
+    monkeypatch.setattr(packages, "_version", lambda _: None)
+    monkeypatch.setattr(packages, "_findable", lambda _: True)
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    assert packages._cupy_major() == 12
+    monkeypatch.setitem(sys.modules, "cupy", None)  # cannot be imported
+    assert packages._cupy_major() is None
+
+
 @pytest.mark.parametrize(
-    ("answers", "why"),
+    ("answers", "why", "status"),
     [
-        ({"driver": 0}, "no NVIDIA driver is installed"),
-        ({"count": 0}, "the driver sees no device"),
-        ({"driver": 12_080, "count": -1}, "too old); the driver is for CUDA 12.8"),
+        ({"driver": 0}, "no NVIDIA driver is installed", "missing"),
+        ({"count": 0}, "the driver sees no device", "missing"),
+        ({"count": -2}, "the driver sees no device", "missing"),
+        ({"driver": 12_080, "count": -1}, "too old); the driver is for CUDA 12.8", "failed"),
     ],
 )
-def test_why_there_is_no_gpu(fake_cuda: Any, answers: dict[str, int], why: str) -> None:
+def test_why_there_is_no_gpu(
+    fake_cuda: Any, answers: dict[str, int], why: str, status: str
+) -> None:
     fake_cuda(**answers)
     assert why in str(device.why_no_gpu())
     (found,) = device.devices()
-    assert found.status == "missing"
+    assert found.status == status
     assert found.detail.startswith("no GPU: kernels run in the emulator only (")
     assert why in found.detail
     assert list(kernels.gpu_checks()) == []
+
+
+@pytest.mark.parametrize("answers", [{"driver": 0}, {"count": 0}, {"count": -2}])
+def test_gpu_that_nvidia_smi_lists_and_cupy_cannot_use(
+    fake_cuda: Any, monkeypatch: pytest.MonkeyPatch, answers: dict[str, int]
+) -> None:
+    fake_cuda(**answers)
+    monkeypatch.setattr(device, "listed_gpus", lambda: ["GPU 0: NVIDIA H100"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    (found,) = device.devices()
+    assert found.status == "failed"
+    assert "nvidia-smi lists GPU 0: NVIDIA H100, but CuPy cannot use it" in found.detail
+    assert "CUDA_VISIBLE_DEVICES is '7'" in found.detail
 
 
 def test_no_cupy_is_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +222,9 @@ def test_no_cupy_is_why(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ImportError("No module named 'cupy'")
 
     monkeypatch.setattr(engines, "cupy", cupy)
+    monkeypatch.setattr(device, "installed", lambda *_: False)
     (found,) = device.devices()
+    assert found.status == "missing"
     assert "CuPy is missing" in found.detail
     assert found.advice == "pip install 'gpurnn[cuda13]'"
 
@@ -199,13 +258,38 @@ def test_gpu_checks_run_all_kinds(fake_cuda: Any, monkeypatch: pytest.MonkeyPatc
     from gpurnn import emulated
 
     fake_cuda()
+    pytest.importorskip("ml_dtypes", reason="bfloat16 needs ml_dtypes")
     monkeypatch.setattr(kernels, "GPU_SIZES", kernels.EMULATED_SIZES)
     with emulated(check_races=False):
         found = by_name(kernels.gpu_checks())
     assert {f.status for f in found.values()} == {"ok"}, found
-    assert len(found) == 14
+    assert len(found) == 23
     assert "GPU, resident, float16, tanh, ids" in found
     assert "GPU, step, float32, own activation, floats" in found
+    assert "GPU, concatenated, bfloat16, tanh, floats" in found
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_type_that_is_off_by_little_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """Five of its roundings are too many: sums are float32, and only what is stored is rounded."""
+    pytest.importorskip("greenlet", reason="the emulator needs greenlet")
+    pytest.importorskip("numba.cuda", reason="the kernels need numba-cuda")
+    pytest.importorskip("ml_dtypes", reason="bfloat16 needs ml_dtypes")
+    from gpurnn.cuda import operations
+
+    right = operations.rnn_backward
+
+    def spoilt(*arguments: Any) -> Any:
+        *others, dW_hh, db_h = right(*arguments)
+        factor = 1 + 6 * kernels._type(dtype)[1]
+        return (*others, (dW_hh.astype(np.float32) * factor).astype(dW_hh.dtype), db_h)
+
+    monkeypatch.setattr(operations, "rnn_backward", spoilt)
+    found = by_name(kernels.emulated_checks())
+    assert found[f"emulator, resident, {dtype}"].status == "failed"
+    assert "dW_hh is off by" in found[f"emulator, resident, {dtype}"].detail
 
 
 def test_wrong_numbers_are_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,8 +374,11 @@ def test_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         program.chmod(0o755)
         answer = device.nvidia_smi()
         assert (None if answer is None else answer["clocks.sm"]) == told
+    program.write_text("#!/bin/sh\n[ $1 = -L ] && echo 'GPU 0: NVIDIA H100 (UUID: GPU-1)'\n")
+    assert device.listed_gpus() == ["GPU 0: NVIDIA H100 (UUID: GPU-1)"]
     program.write_text("#!/bin/sh\nexit 9\n")
     assert device.nvidia_smi() is None
+    assert device.listed_gpus() == []
 
 
 def run(monkeypatch: pytest.MonkeyPatch, findings: list[Finding], *options: str) -> Any:
@@ -318,3 +405,17 @@ def test_command_fails_if_something_is_broken(monkeypatch: pytest.MonkeyPatch) -
         "detail": "not",
         "advice": "mend it",
     }
+
+
+def test_module_without_the_command_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    findings = [Finding("a", "ok", "fine"), Finding("b", "failed", "not", "mend it")]
+    monkeypatch.setattr(doctor_module, "examine", lambda *, checks: iter(findings))
+    assert doctor_module.main(["--json"]) == 1
+    assert [f["status"] for f in json.loads(capsys.readouterr().out)["findings"]] == [
+        "ok",
+        "failed",
+    ]
+    assert doctor_module.main([]) == 1
+    assert capsys.readouterr().out == "ok       a: fine\nfailed   b: not\n         → mend it\n"

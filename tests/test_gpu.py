@@ -1,6 +1,7 @@
 """The kernels on a GPU against the reference, and how they take arrays, streams and devices."""
 
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -204,7 +205,9 @@ def test_cuda_array_interface_without_a_copy(gpu: GPU) -> None:
 
 
 def test_torch_tensors_without_a_copy(gpu: GPU) -> None:
-    torch = pytest.importorskip("torch", reason="torch is not installed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, on its import: not what is tested
+        torch = pytest.importorskip("torch", reason="torch is not installed")
     if not torch.cuda.is_available():
         pytest.skip("torch is installed without CUDA")
     drawn = draw(PRIME, dtype=np.float32)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -272,19 +273,154 @@ def test_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "compute-sanitizer was not found" in check.parts_of(ROOT, tmp_path, tmp_path)[3].skip
 
 
-def test_options_of_the_parts_exist(tmp_path: Path) -> None:
-    """What the script gives the command line is what the command line takes."""
-    from typer.main import get_command
+BLOCKED = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {names!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Blocked())
+"""
 
-    from gpurnn.cli import app
 
-    commands = get_command(app).commands  # type: ignore[attr-defined]
-    for p in check.parts_of(ROOT, tmp_path, tmp_path):
-        words = p.command(100.0)
-        if "gpurnn" in words:
-            name, *rest = words[words.index("gpurnn") + 1 :]
-            known = {option for parameter in commands[name].params for option in parameter.opts}
-            assert {word for word in rest if word.startswith("--")} <= known
+def without(names: tuple[str, ...], folder: Path) -> dict[str, str]:
+    """The environment of the parts, where some packages cannot be imported."""
+    view = check.make_view(ROOT, folder / "view")
+    (view / "sitecustomize.py").write_text(BLOCKED.format(names=names))
+    found: dict[str, str] = check.environment(view, folder / "cache")
+    return found
+
+
+OPTIONAL = ("typer", "rich", "click", "pooch", "greenlet", "threadpoolctl", "xdist", "matplotlib")
+
+
+def test_parts_run_without_what_they_do_not_need(tmp_path: Path) -> None:
+    """The doctor, the benchmark's command, the tests' own set-up, the cases and the imports."""
+    pytest.importorskip("numba.cuda", reason="the kernels need numba-cuda")
+    env = without(OPTIONAL, tmp_path) | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    env |= {"CUDA_VISIBLE_DEVICES": ""}
+
+    def outcome(words: list[str]) -> tuple[int, str]:
+        done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert "Traceback" not in done.stderr, done.stderr
+        return done.returncode, done.stdout + done.stderr
+
+    parts = {p.name: p for p in check.parts_of(ROOT, tmp_path, tmp_path)}
+    _, told = outcome([*parts["doctor"].command(9.0), "--skip-checks"])
+    failed = {f["name"] for f in json.loads(told)["findings"] if f["status"] == "failed"}
+    assert failed <= {"pooch", "greenlet"}, told  # they are installed here, and cannot be found
+    code, told = outcome(parts["bench"].command(90.0))
+    assert code == 2 and "there is no GPU to use" in told
+    code, told = outcome([*parts["tests"].command(9.0), "--collect-only", "-q"])
+    assert code == 0, told
+    code, told = outcome([sys.executable, str(SCRIPT), "--cases"])
+    assert code == check.NO_GPU, told
+    _, told = outcome(parts["import"].command(9.0))
+    found = json.loads(told)
+    assert not set(OPTIONAL) & set(found["missing"])
+    assert {"greenlet", "matplotlib"} <= set(found["without"])
+    assert found["places"]["gpurnn"].startswith(str(tmp_path / "view"))
+
+
+def test_what_is_needed_and_missing_is_named(tmp_path: Path) -> None:
+    env = without(("cupy", "hypothesis"), tmp_path)
+    part = next(p for p in check.parts_of(ROOT, tmp_path, tmp_path) if p.name == "import")
+    with (tmp_path / "log").open("wb") as log:
+        result = check.run_part(part, 60.0, tmp_path, env, log)
+    assert result.outcome == "failed"
+    assert "cupy: ModuleNotFoundError: No module named 'cupy'" in result.detail
+    assert "hypothesis: ModuleNotFoundError" in result.detail
+
+
+TIMES: dict[str, Any] = {"times_us": {}}
+
+
+@pytest.mark.parametrize(
+    ("rc", "records", "complete", "outcome", "told"),
+    [
+        (0, [], True, "failed", "0 of 3 measured; peers: no torch to compare with"),
+        (
+            0,
+            [{**TIMES, "peers": {"torch": {"timed": "device"}}}] * 3,
+            True,
+            "passed",
+            "3 of 3 measured; peers: torch 3 measured",
+        ),
+        (
+            0,
+            [
+                {**TIMES, "peers": {"torch": {"failed": "x"}, "cupy_loop": {}}},
+                {**TIMES, "peers": {"torch": {"left_out": "x"}}},
+                {"left_out": "the time limit was reached"},
+            ],
+            True,
+            "passed",
+            "2 of 3 measured, 1 left out; peers: cupy_loop 1 measured; "
+            "torch 1 failed, 1 left out; no torch to compare with",
+        ),
+        (
+            -15,
+            [{**TIMES}, {"failed": "wrong"}],
+            False,
+            "failed",
+            "1 of 3 measured, 1 failed; peers: no torch to compare with; "
+            "it did not come to its end; exit code -15",
+        ),
+    ],
+)
+def test_benchmark_is_judged(
+    tmp_path: Path, rc: int, records: Any, complete: bool, outcome: str, told: str
+) -> None:
+    out = tmp_path / "bench.json"
+    nothing = f"nothing was measured, exit code {rc}: see log.txt"
+    assert check.judge_bench(rc, out) == ("failed", nothing)
+    out.write_text(json.dumps({"runs": 3, "complete": complete, "records": records}))
+    assert check.judge_bench(rc, out) == (outcome, told)
+
+
+def test_part_that_ran_out_of_time_says_how_far_it_came(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "LEAST", 0.0)
+    slow = part("slow", "import time; time.sleep(60)", 0.5, judge=lambda rc: ("failed", "1 of 9"))
+    _, found = run(tmp_path, slow)
+    assert found["parts"][0]["outcome"] == "timed out"
+    assert found["parts"][0]["detail"] == "stopped after 0 seconds; 1 of 9"
+
+
+@pytest.mark.parametrize(
+    ("rc", "outcome", "told"),
+    [
+        (0, "passed", ""),
+        (3, "skipped", "no GPU: no case was run"),
+        (4, "failed", "a case gave wrong numbers: see log.txt"),
+        (9, "failed", "compute-sanitizer found errors: see log.txt"),
+        (1, "failed", "it crashed, exit code 1: see log.txt"),
+        (-11, "failed", "it crashed, exit code -11: see log.txt"),
+    ],
+)
+def test_cases_are_judged(rc: int, outcome: str, told: str) -> None:
+    assert check.judge_cases(rc) == (outcome, told)
+
+
+@pytest.mark.parametrize(
+    ("details", "code"),
+    [
+        ([("ok", "fine")], 0),
+        ([("ok", "fine"), ("failed", "wrong numbers: H is off")], 4),
+        ([("failed", "CUDADriverError: illegal address")], 1),
+        ([], 1),
+    ],
+)
+def test_exit_code_of_the_cases(monkeypatch: pytest.MonkeyPatch, details: Any, code: int) -> None:
+    from gpurnn.doctor import Finding
+
+    cuda = types.SimpleNamespace(set_allocator=lambda _: None)
+    monkeypatch.setattr("gpurnn.doctor.device.why_no_gpu", lambda: None)
+    monkeypatch.setattr("gpurnn.cuda.engines.cupy", lambda: types.SimpleNamespace(cuda=cuda))
+    findings = [Finding("a case", *detail) for detail in details]
+    monkeypatch.setattr("gpurnn.doctor.kernels.gpu_checks", lambda: iter(findings))
+    assert check.main(["--cases"]) == code
 
 
 def test_help_says_what_it_does() -> None:

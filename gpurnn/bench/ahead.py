@@ -7,7 +7,8 @@ found again in the folder of compiled kernels (``gpurnn.cuda.machine_code``).
 import multiprocessing
 import os
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 
 from gpurnn import planning
 from gpurnn.bench.common import Shape
@@ -36,11 +37,14 @@ def specs_of(
     return [KernelSpec(kind, sizes, "tanh", dtype) for kind in KINDS[plan.kernel]]
 
 
-def compile_runs(runs: Sequence[Run]) -> list[str]:
-    """Compile what runs of the benchmark take on CuPy's current device; return what failed."""
+def compile_runs(runs: Sequence[Run], *, limit: float | None = None) -> list[str]:
+    """Compile what runs of the benchmark take on CuPy's current device; return what failed.
+
+    ``limit``: seconds after which no further compilation is begun.
+    """
     device = limits_of(cupy().cuda.Device().id)
     specs = [s for run in runs for s in specs_of(run.shape, run.dtype, run.kernel, device)]
-    return compile_ahead(specs, device.compute_capability)
+    return compile_ahead(specs, device.compute_capability, limit=limit)
 
 
 def compile_ahead(
@@ -48,10 +52,12 @@ def compile_ahead(
     compute_capability: tuple[int, int],
     *,
     processes: int | None = None,
+    limit: float | None = None,
 ) -> list[str]:
     """Compile each of these kernels, unless it is kept already; return what failed, in words.
 
-    With one processor nothing is done: there is nothing to be gained.
+    With one processor nothing is done: there is nothing to be gained. ``limit``: seconds after
+    which no further one is begun; what is under way is waited for.
     """
     wanted = list(dict.fromkeys(specs))
     at_once = min(processes or os.cpu_count() or 1, MOST_PROCESSES, len(wanted))
@@ -60,8 +66,24 @@ def compile_ahead(
     # not forked: a process that uses the GPU cannot be
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(at_once, mp_context=context) as pool:
-        jobs = [(spec, compute_capability) for spec in wanted]
-        return [failure for failure in pool.map(_compile_one, jobs) if failure]
+        jobs = [pool.submit(_compile_one, (spec, compute_capability)) for spec in wanted]
+        try:
+            wait(jobs, limit if limit is None else max(0.0, limit))
+        finally:  # also where it is stopped: what has not been begun is not waited for
+            for job in jobs:
+                job.cancel()
+        cut = sum(job.cancelled() for job in jobs)
+        told = [_outcome(job) for job in jobs if not job.cancelled()]
+    if cut:
+        told.append(f"{cut} of {len(jobs)} kernels: the time limit was reached")
+    return [failure for failure in told if failure]
+
+
+def _outcome(job: Future[str]) -> str:
+    try:
+        return job.result()
+    except BrokenProcessPool as e:  # a process was killed, for its memory say
+        return f"{type(e).__name__}: {e}"
 
 
 def _compile_one(job: tuple[KernelSpec, tuple[int, int]]) -> str:

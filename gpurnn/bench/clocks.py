@@ -12,13 +12,15 @@ from typing import Any, Protocol
 from gpurnn.bench.common import Figure, figure
 from gpurnn.cuda.engines import cupy
 
-__all__ = ["Clock", "GPUClock", "NotCapturedError"]
+__all__ = ["Clock", "GPUClock", "NotCapturedError", "Pass"]
 
 Pass = Callable[[], object]
 
 LEAST_SAMPLES = 5
 SAMPLE = 2_000.0  # µs: a sample is at least about so long
 UNWAITED_CALLS = 64  # in a sample of the host's time: the GPU's queue must not fill up
+EVENTS = "events; gaps between launches included, where the host queues them too slowly"
+GRAPH = "events around replays of a CUDA graph"
 
 
 class NotCapturedError(Exception):
@@ -56,7 +58,8 @@ class GPUClock:
         self._wait()
         run()  # warm-up: what is compiled, loaded and allocated once
         samples, passes = plan_samples(self._between_events(run, 1), seconds)
-        return figure([self._between_events(run, passes) for _ in range(samples)], samples * passes)
+        taken = [self._between_events(run, passes) for _ in range(samples)]
+        return {**figure(taken, samples * passes), "by": EVENTS}
 
     def wall(self, run: Pass, seconds: float) -> Figure:
         """Time until the result is there, on the host's clock, each pass on its own."""
@@ -92,7 +95,7 @@ class GPUClock:
             run()  # fills this stream's memory pool too, so that nothing is allocated meanwhile
             stream.synchronize()
             graph = _captured(stream, run)
-            found = self.device(graph.launch, seconds)
+            found = {**self.device(graph.launch, seconds), "by": GRAPH}
             stream.synchronize()
         return found
 

@@ -11,18 +11,20 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from gpurnn.bench.clocks import Clock, GPUClock, NotCapturedError
-from gpurnn.bench.common import ERROR_LIMITS, Problem, Shape, relative_error
+from gpurnn.bench.clocks import Clock, GPUClock, NotCapturedError, Pass
+from gpurnn.bench.common import ERROR_LIMITS, Figure, Problem, Shape, relative_error
 from gpurnn.bench.data import Data, exact_results, on_host
 from gpurnn.bench.floors import estimate, floor
 from gpurnn.bench.launches import RecordingEngine
-from gpurnn.bench.peers import Peer, peers_for
+from gpurnn.bench.peers import MakePeer, peers_for
 from gpurnn.bench.runs import GPU_RUNS, Run
 from gpurnn.cuda import operations
 from gpurnn.cuda.engines import Engine, GPUEngine, cupy
 
 __all__ = ["measure_gpu"]
 
+SAME = "the same floats"
+ONE_HOT = "one-hot floats of our ids, made before the clock starts; no gradient of them"
 CHECKED_WORK = 1 << 28  # n h² of all checked steps
 MOST_CHECKED_STEPS = 64
 
@@ -42,29 +44,69 @@ def measure_gpu(
 
     Args:
         seconds: to spend on each figure.
-        limit: seconds after which nothing new is begun; what was left out is yielded as a record
-            with ``left_out``.
+        limit: seconds after which nothing new is begun, no run, figure or peer; what was left out
+            is told by ``left_out``, in place of a run's, a peer's or a graph's figures.
         runs: what to measure.
         engine: where; CuPy's current device by default.
         clock: what times; CUDA events and the host's clock by default.
     """
     engine = engine or GPUEngine(cupy().cuda.Device().id)
     clock = clock or GPUClock()
-    begun = time.perf_counter()
+    due = _Due(limit)
+    clock = _Punctual(clock, due)
     for run in runs:
-        if limit is not None and time.perf_counter() - begun > limit:
-            yield {**run.about(), "left_out": f"the limit of {limit:g} seconds was reached"}
-            continue
         try:
+            due.check()
             with engine.here():
-                record = _measure(run, engine, clock, seconds)
+                record = _measure(run, engine, clock, due, seconds)
+        except _LateError as e:
+            record = {**run.about(), "left_out": str(e)}
         except Exception as e:  # one run must not lose the others' figures
             record = {**run.about(), "failed": f"{type(e).__name__}: {e}"}
         yield record
         _free(engine)
 
 
-def _measure(run: Run, engine: Engine, clock: Clock, seconds: float) -> dict[str, Any]:
+class _LateError(Exception):
+    """The time is used up; the message says so."""
+
+
+class _Due:
+    """When nothing new may be begun."""
+
+    def __init__(self, limit: float | None) -> None:
+        self.limit, self.begun = limit, time.perf_counter()
+
+    def check(self) -> None:
+        """Raise _LateError from then on."""
+        if self.limit is not None and time.perf_counter() - self.begun > self.limit:
+            raise _LateError("the time limit was reached")
+
+
+class _Punctual:
+    """A clock that begins no figure when the time is used up."""
+
+    def __init__(self, clock: Clock, due: _Due) -> None:
+        self.clock, self.due = clock, due
+
+    def device(self, run: Pass, seconds: float) -> Figure:
+        self.due.check()
+        return self.clock.device(run, seconds)
+
+    def wall(self, run: Pass, seconds: float) -> Figure:
+        self.due.check()
+        return self.clock.wall(run, seconds)
+
+    def host(self, run: Pass, seconds: float) -> Figure:
+        self.due.check()
+        return self.clock.host(run, seconds)
+
+    def graph(self, run: Pass, seconds: float) -> Figure:
+        self.due.check()
+        return self.clock.graph(run, seconds)
+
+
+def _measure(run: Run, engine: Engine, clock: Clock, due: _Due, seconds: float) -> dict[str, Any]:
     shape, limit = run.shape, ERROR_LIMITS[run.dtype]
     steps = min(
         shape.T,
@@ -86,13 +128,19 @@ def _measure(run: Run, engine: Engine, clock: Clock, seconds: float) -> dict[str
     }
     record["times_us"] = times
     bound = floor(shape.n, shape.h, run.dtype, engine.limits)
-    record["floor"] = {**vars(bound), "estimate_us_per_step": estimate(shape.n, shape.h)}
-    record["over_floor"] = {
-        name: record["us_per_step"][name] / bound.us_per_step
-        for name in ("recurrence_forward", "recurrence_backward")
+    record["floor"] = {
+        **vars(bound),
+        "assumes": "no tensor cores",
+        "estimate_us_per_step": estimate(shape.n, shape.h, run.dtype, engine.limits),
     }
+    if record["kernel"] != "concatenated":  # whose kernel makes the input's product too
+        record["over_floor"] = {
+            name: taken / bound.us_per_step
+            for name, taken in record["us_per_step"].items()
+            if name.startswith("recurrence_")
+        }
     if run.peers:
-        record["peers"] = _peers(run, short, long, exact, engine, clock, seconds)
+        record["peers"] = _peers(run, short, long, exact, engine, clock, due, seconds)
         record["ratios"] = _ratios(times, record["peers"])
     return record
 
@@ -115,7 +163,7 @@ def _times(
     operations.rnn_forward(ahead, run.kernel, X, h_0, W_xh, W_hh, b_h, phi)
     r = residuals
     operations.rnn_backward(back, r.plan, data.dH, r.X, r.states, r.Z, r.W_xh, r.W_hh, phi, None)
-    record["launches"] = {"forward": len(ahead.launches), "backward": len(back.launches)}
+    record["launches"] = {"forward": ahead.count, "backward": back.count}
     times = {
         "recurrence_forward": clock.device(ahead.replay, seconds),
         "recurrence_backward": clock.device(back.replay, seconds),
@@ -126,7 +174,7 @@ def _times(
         "forward_host": clock.host(forward, seconds),
     }
     graphs: dict[str, Callable[[], object]] = {}
-    if len(ahead.launches) > 1 or run.group == "book":
+    if ahead.count > 1 or run.group == "book":
         graphs = {
             "recurrence_forward_graph": ahead.replay,
             "recurrence_backward_graph": back.replay,
@@ -138,6 +186,8 @@ def _times(
             times[name] = clock.graph(replayed, seconds)
         except NotCapturedError as e:
             times[name] = {"failed": str(e)}
+        except _LateError as e:
+            times[name] = {"left_out": str(e)}
     return times
 
 
@@ -148,6 +198,7 @@ def _peers(
     exact: list[Any],
     engine: Engine,
     clock: Clock,
+    due: _Due,
     seconds: float,
 ) -> dict[str, Any]:
     found: dict[str, Any] = {}
@@ -155,7 +206,10 @@ def _peers(
         if name == "jax_scan" and not run.jax:
             continue
         try:
+            due.check()
             found[name] = _peer(name, make, run, short, long, exact, engine, clock, seconds)
+        except _LateError as e:
+            found[name] = {"left_out": str(e)}
         except Exception as e:  # whatever another library raises: our own figures must not be lost
             found[name] = {"failed": f"{type(e).__name__}: {e}"}
         _free(engine)
@@ -164,7 +218,7 @@ def _peers(
 
 def _peer(
     name: str,
-    make: Callable[[tuple[Any, ...], Any], Peer],
+    make: MakePeer,
     run: Run,
     short: Data,
     long: Data,
@@ -173,15 +227,17 @@ def _peer(
     clock: Clock,
     seconds: float,
 ) -> dict[str, Any]:
-    small = make(short.as_floats(engine), short.dH)
+    wants_dX = not run.ids  # what we do not compute either is not asked for
+    small = make(short.as_floats(engine), short.dH, wants_dX)
     with small.setting():
         came = small.results()
-    if run.ids and len(came) > 1:
-        del came[1]  # its gradient of the one-hot matrix, which ids do not have
     wide = ERROR_LIMITS["float16"]  # of TF32's products: as many digits as float16 has
     limit = wide if name == "torch_tf32" else ERROR_LIMITS[run.dtype]
-    record: dict[str, Any] = {"error": relative_error(came, exact[: len(came)], name, limit)}
-    peer = make(long.as_floats(engine), long.dH)
+    record: dict[str, Any] = {
+        "error": relative_error(came, exact[: len(came)], name, limit),
+        "input": ONE_HOT if run.ids else SAME,
+    }
+    peer = make(long.as_floats(engine), long.dH, wants_dX)
     timed = clock.device if peer.on_stream else clock.wall
     with peer.setting():
         record["forward"] = timed(peer.forward, seconds)
@@ -195,8 +251,8 @@ def _ratios(times: dict[str, Any], peers: dict[str, Any]) -> dict[str, dict[str,
     """Return peer's time / our time for each peer and pass; above 1 we are the faster."""
     found: dict[str, dict[str, float]] = {}
     for name, peer in peers.items():
-        if "failed" in peer:
-            continue
+        if "timed" not in peer:
+            continue  # failed, or left out
         suffix = "_wall" if peer["timed"] == "wall" else ""
         found[name] = {
             what: peer[what]["median"] / times[f"{what}{suffix}"]["median"]

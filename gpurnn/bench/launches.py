@@ -20,6 +20,7 @@ class RecordingEngine:
 
     inner: Engine
     launches: list[Callable[[], None]] = field(default_factory=list)
+    count: int = 0  # of kernels: a call to launch may queue several
 
     @property
     def xp(self) -> Any:
@@ -52,6 +53,7 @@ class RecordingEngine:
 
         again()
         self.launches.append(again)
+        self.count += len(each)
 
     def product(self, A: Any, B: Any, out: Any) -> None:
         """out = A B."""

@@ -1,8 +1,10 @@
 """The same recurrence elsewhere: torch.nn.RNN on the same GPU, a CuPy loop, JAX's scan.
 
 A peer is made of arrays X (T, n, d), h_0, W_xh, W_hh, b_h and dH of one library ``xp`` (CuPy, or
-NumPy in tests). Its passes leave their result on the device; ``results`` brings H and the gradients
-of X, h_0, W_xh, W_hh, b_h to the host, as float64, so that they can be checked.
+NumPy in tests), and of whether it is to compute the gradient of X: only where we do, which is not
+the case for token ids. Its passes leave their result on the device; ``results`` brings H and the
+gradients of X (if wanted), h_0, W_xh, W_hh, b_h to the host, as float64, so that they can be
+checked.
 """
 
 import importlib
@@ -16,7 +18,7 @@ import numpy as np
 
 from gpurnn.cuda.engines import cupy
 
-__all__ = ["CuPyLoop", "JAXScan", "Peer", "TorchRNN", "peers_for", "torch_precision"]
+__all__ = ["CuPyLoop", "JAXScan", "MakePeer", "Peer", "TorchRNN", "peers_for", "torch_precision"]
 
 Arrays = tuple[Any, ...]
 
@@ -46,16 +48,19 @@ class Peer(Protocol):
         """Return a context in which the peer is to be used."""
 
 
-def peers_for(dtype: str) -> dict[str, Callable[[Arrays, Any], Peer]]:
+MakePeer = Callable[[Arrays, Any, bool], Peer]  # of X, h_0, …; dH; whether dX is wanted
+
+
+def peers_for(dtype: str) -> dict[str, MakePeer]:
     """Return what makes the peers that are installed, by name; float32 comes in two precisions."""
-    found: dict[str, Callable[[Arrays, Any], Peer]] = {}
+    found: dict[str, MakePeer] = {}
     if importlib.util.find_spec("torch") is not None:
         if dtype == "float32":
-            found["torch_ieee"] = lambda a, dH: TorchRNN(a, dH, "ieee")
-            found["torch_tf32"] = lambda a, dH: TorchRNN(a, dH, "tf32")
+            found["torch_ieee"] = lambda a, dH, dX: TorchRNN(a, dH, dX, "ieee")
+            found["torch_tf32"] = lambda a, dH, dX: TorchRNN(a, dH, dX, "tf32")
         else:
-            found["torch"] = lambda a, dH: TorchRNN(a, dH, "ieee")
-    found["cupy_loop"] = lambda a, dH: CuPyLoop(a)
+            found["torch"] = lambda a, dH, dX: TorchRNN(a, dH, dX, "ieee")
+    found["cupy_loop"] = lambda a, dH, dX: CuPyLoop(a)
     if importlib.util.find_spec("jax") is not None and dtype == "float32":
         found["jax_scan"] = JAXScan
     return found
@@ -93,7 +98,7 @@ class TorchRNN:
 
     on_stream = True
 
-    def __init__(self, arguments: Arrays, dH: Any, precision: str) -> None:
+    def __init__(self, arguments: Arrays, dH: Any, wants_dX: bool, precision: str) -> None:
         torch: Any = importlib.import_module("torch")
         self.torch, self.precision = torch, precision
         X, h_0, W_xh, W_hh, b_h = (_tensor(torch, a) for a in arguments)
@@ -104,7 +109,7 @@ class TorchRNN:
         with torch.no_grad():
             for name, weight in zip(names, weights, strict=True):
                 getattr(self.module, name).copy_(weight)
-        self.X = X.detach().requires_grad_()
+        self.X = X.detach().requires_grad_(wants_dX)
         self.h_0 = h_0[None].detach().requires_grad_()
         self.dH = _tensor(torch, dH)
 
@@ -133,7 +138,7 @@ class TorchRNN:
         parameters = dict(self.module.named_parameters())
         found = (
             H,
-            self.X.grad,
+            *([self.X.grad] if self.X.requires_grad else []),
             self.h_0.grad[0],
             parameters["weight_ih_l0"].grad.T,
             parameters["weight_hh_l0"].grad.T,
@@ -181,7 +186,7 @@ class JAXScan:
 
     on_stream = False
 
-    def __init__(self, arguments: Arrays, dH: Any) -> None:
+    def __init__(self, arguments: Arrays, dH: Any, wants_dX: bool) -> None:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave the others memory
         jax: Any = importlib.import_module("jax")
         jnp: Any = importlib.import_module("jax.numpy")
@@ -203,7 +208,11 @@ class JAXScan:
             return jax.lax.scan(step, h_0, X @ W_xh + b_h)[1]
 
         def gradients(arguments: Any, dH: Any) -> Any:
-            H, back = jax.vjp(states, *arguments)
+            if wants_dX:
+                H, back = jax.vjp(states, *arguments)
+            else:
+                X, *rest = arguments
+                H, back = jax.vjp(lambda *others: states(X, *others), *rest)
             return H, back(dH)
 
         self._states, self._gradients = jax.jit(states), jax.jit(gradients)

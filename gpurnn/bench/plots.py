@@ -16,7 +16,7 @@ STYLES: dict[str, tuple[str, dict[str, Any]]] = {
     "torch_tf32": ("PyTorch, tf32", {"color": "0.5", "linestyle": "-.", "marker": "^"}),
     "jax_scan": ("JAX scan", {"color": "0.6", "linestyle": ":", "marker": "D"}),
     "cupy_loop": ("CuPy loop", {"color": "0.7", "linestyle": ":", "marker": "x"}),
-    "floor": ("floor of the recurrence", {"color": "0.8", "linestyle": "-", "linewidth": 3}),
+    "floor": ("floor without tensor cores", {"color": "0.8", "linestyle": "-", "linewidth": 3}),
 }
 PASSES = {"forward": "forward", "forward_backward": "forward + backward"}
 

@@ -9,7 +9,18 @@ import numpy as np
 from gpurnn.bench import common
 from gpurnn.bench.floors import FORMULA
 
-__all__ = ["gpu_environment", "gpu_summary"]
+__all__ = ["NOTES", "gpu_environment", "gpu_summary"]
+
+NOTES = {
+    "figures": "a pass timed between events includes the gaps between its launches: where it is "
+    "short, the host's speed. A name in _graph is the same pass as a CUDA graph, without them",
+    "torch_forward": "PyTorch's forward pass alone runs under no_grad, in eval mode, and keeps "
+    "nothing; ours keeps what its backward pass needs",
+    "ids": "where our X holds token ids, peers get one-hot floats made before the clock starts, "
+    "and compute no gradient of them",
+    "floor": "of the recurrence alone, without tensor cores",
+}
+"""What has to be known to read the figures; goes with them."""
 
 PACKAGES = (
     "gpurnn", "numpy", "cupy-cuda13x", "cupy-cuda12x", "numba", "numba-cuda", "cuda-core",
@@ -24,6 +35,7 @@ def gpu_summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
     ratios: dict[str, dict[str, list[float]]] = {}
     failed: dict[str, int] = {}
+    late: dict[str, int] = {}
     forward: dict[tuple[tuple[int, ...], str], float] = {}
     for record in records:
         for peer, found in record.get("ratios", {}).items():
@@ -32,6 +44,8 @@ def gpu_summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for peer, found in record.get("peers", {}).items():
             if "failed" in found:
                 failed[peer] = failed.get(peer, 0) + 1
+            if "left_out" in found:
+                late[peer] = late.get(peer, 0) + 1
         if record["group"] == "forms" and "times_us" in record:
             sizes = tuple(record["shape"].values())
             forward[sizes, record["kernel"]] = record["times_us"]["forward"]["median"]
@@ -48,6 +62,7 @@ def gpu_summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
             for peer, passes in ratios.items()
         },
         "peers_failed": failed,
+        "peers_left_out": late,
         "concatenated_over_split": [
             {"shape": list(sizes), "forward": t / forward[sizes, "step"]}
             for (sizes, kernel), t in forward.items()
@@ -70,4 +85,5 @@ def gpu_environment(device: int | None = None) -> dict[str, Any]:
         "commit": common.commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "floor": FORMULA,
+        "notes": NOTES,
     }

@@ -16,7 +16,8 @@ class Run:
     """One thing to measure.
 
     ``kernel`` None leaves the choice to the plan. ``ids``: X holds token ids, peers get the one-hot
-    matrix ready-made. ``jax``: compile and time JAX's scan too, which takes seconds.
+    matrix ready-made, and its gradient is asked of nobody. ``jax``: compile and time JAX's scan
+    too, which takes seconds.
     """
 
     group: str

@@ -1,6 +1,5 @@
 """``gpurnn doctor``: what is installed, which GPU there is, whether the kernels are right."""
 
-from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -38,8 +37,8 @@ def doctor(
             )
             if finding.advice:
                 console.print(f"         → {escape(finding.advice)}")
-    failed = examination.broken(findings)
+    found = examination.report(findings)
     if as_json:
-        print_json({"works": not failed, "findings": [asdict(finding) for finding in findings]})
-    if failed:
+        print_json(found)
+    if not found["works"]:
         raise typer.Exit(FAILED)

@@ -3,12 +3,14 @@
 ``examine`` yields findings and raises nothing: what fails is a finding with the error's text.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
 
 from gpurnn.doctor import device, kernels, packages, storage
 from gpurnn.doctor.findings import Finding, Status, found_by
 
-__all__ = ["Finding", "Status", "broken", "examine"]
+__all__ = ["Finding", "Status", "broken", "examine", "report"]
 
 
 def examine(*, checks: bool = True) -> Iterator[Finding]:
@@ -36,3 +38,8 @@ def examine(*, checks: bool = True) -> Iterator[Finding]:
 def broken(findings: Iterable[Finding]) -> bool:
     """Whether something that is installed does not work, or gives wrong numbers."""
     return any(finding.status == "failed" for finding in findings)
+
+
+def report(findings: Sequence[Finding]) -> dict[str, Any]:
+    """Return findings as what is printed as JSON: whether all works, and each of them."""
+    return {"works": not broken(findings), "findings": [asdict(finding) for finding in findings]}

@@ -5,8 +5,9 @@ The rule is that of the library's own tests, a little wider:
     error ≤ FACTOR · (error of the float32 reference + √length · u · largest value of the truth)
 
 against the float64 reference; u is the unit roundoff of the dtype, length the number of additions
-behind one number. For dtypes that the reference does not have, and for float64, the second term
-stands alone.
+behind one number. For float64 the second term stands alone. Half types are summed as float32, so u
+is float32's, and ROUNDED · unit roundoff of the half type · largest value comes on top: each number
+is rounded to it once or twice on its way.
 """
 
 import contextvars
@@ -31,20 +32,33 @@ __all__ = ["compiled", "emulated_checks", "gpu_checks", "within"]
 Array = NDArray[Any]
 
 FACTOR = 8
+ROUNDED = 4
 NAMES = ("H", "dX", "dh_0", "dW_xh", "dW_hh", "db_h")
+KERNELS = ("resident", "step", "concatenated")
 # T, n, d, h: odd, and on a GPU past a warp
 EMULATED_SIZES = (4, 3, 5, 9)
+WIDE_SIZES = (2, 5, 7, 33)
 GPU_SIZES = (9, 5, 7, 33)
 
 
 def within(
-    found: Array, truth: Array, baseline: Array | None, length: int, u: float
+    found: Array, truth: Array, baseline: Array | None, length: int, u: float, stored: float = 0.0
 ) -> tuple[bool, float, float]:
-    """Hold a result against the rule above; return whether it holds, its error and the limit."""
+    """Hold a result against the rule above; return whether it holds, its error and the limit.
+
+    ``stored`` is the unit roundoff of a half type, 0 for others.
+    """
     error = float(np.max(np.abs(found - truth), initial=0.0))
     lost = 0.0 if baseline is None else float(np.max(np.abs(baseline - truth), initial=0.0))
-    limit = FACTOR * (lost + length**0.5 * u * float(np.max(np.abs(truth), initial=0.0)))
+    largest = float(np.max(np.abs(truth), initial=0.0))
+    limit = FACTOR * (lost + length**0.5 * u * largest) + ROUNDED * stored * largest
     return error <= limit, error, limit  # so written, NaN fails
+
+
+def half_types() -> tuple[str, ...]:
+    """Return the half types that there are: bfloat16 is that of ml_dtypes."""
+    there = importlib.util.find_spec("ml_dtypes") is not None
+    return ("float16", "bfloat16") if there else ("float16",)
 
 
 def user_activation() -> Activation:
@@ -89,21 +103,24 @@ def emulated_checks() -> Iterator[Finding]:
             advice = "pip install 'gpurnn[emulator]'"
             yield Finding("emulator", "missing", f"not tried: {install} is missing", advice)
             return
-    for kernel in ("resident", "step"):
+    wanted = [(kernel, "float32", EMULATED_SIZES) for kernel in KERNELS]
+    wanted += [("resident", dtype, EMULATED_SIZES) for dtype in half_types()]
+    wanted.append(("step", "float32", WIDE_SIZES))
+    for kernel, dtype, sizes in wanted:
+        name = f"emulator, {kernel}"
+        name += "" if dtype == "float32" else f", {dtype}"
+        name += ", past a tile" if sizes is WIDE_SIZES else ""
 
-        def check(kernel: str = kernel) -> Iterator[Finding]:
+        def check(
+            name: str = name,
+            kernel: str = kernel,
+            dtype: str = dtype,
+            sizes: tuple[int, int, int, int] = sizes,
+        ) -> Iterator[Finding]:
             with emulated():
-                yield _checked(
-                    f"emulator, {kernel}",
-                    np.asarray,
-                    EMULATED_SIZES,
-                    "float32",
-                    kernel,
-                    "tanh",
-                    False,
-                )
+                yield _checked(name, np.asarray, sizes, dtype, kernel, "tanh", False)
 
-        yield from found_by(f"emulator, {kernel}", check)
+        yield from found_by(name, check)
 
 
 def gpu_checks() -> Iterator[Finding]:
@@ -112,11 +129,12 @@ def gpu_checks() -> Iterator[Finding]:
         return
     wanted: list[tuple[str, str, Any, bool]] = [
         (kernel, dtype, "tanh", by_id)
-        for kernel in ("resident", "step")
-        for dtype in ("float32", "float64", "float16")
+        for kernel in KERNELS
+        for dtype in ("float32", "float64", *half_types())
         for by_id in (False, True)
+        if not (by_id and kernel == "concatenated")  # its product is of floats
     ]
-    wanted += [(kernel, "float32", user_activation(), False) for kernel in ("resident", "step")]
+    wanted += [(kernel, "float32", user_activation(), False) for kernel in KERNELS]
     for kernel, dtype, activation, by_id in wanted:
         told = "own activation" if isinstance(activation, Activation) else activation
         name = f"GPU, {kernel}, {dtype}, {told}, {'ids' if by_id else 'floats'}"
@@ -144,9 +162,12 @@ def _checked(
 ) -> Finding:
     T, n, d, h = sizes
     rng = np.random.default_rng(0)
+    stored_as, roundoff = _type(dtype)
+    half = dtype in ("float16", "bfloat16")
 
     def draw(*shape: int, scale: float = 1.0) -> Array:
-        return (scale * rng.standard_normal(shape)).astype(np.float32).astype(dtype)
+        drawn: Array = (scale * rng.standard_normal(shape)).astype(np.float32).astype(stored_as)
+        return drawn
 
     X: Array = rng.integers(0, d, (T, n)) if by_id else draw(T, n, d)
     arguments = [X, draw(n, h), draw(d, h, scale=d**-0.5), draw(h, h, scale=0.9 * h**-0.5), draw(h)]
@@ -162,13 +183,14 @@ def _checked(
     found = results(place, kernel)
     truth = _by_reference(lambda: results(_as(np.float64), None))
     single = _by_reference(lambda: results(_as(np.float32), None)) if dtype == "float32" else None
-    u = float(np.finfo(dtype).eps) / 2
+    u, stored = (_type("float32")[1], roundoff) if half else (roundoff, 0.0)
+    length = T * (n + d + h + 8)
     worst = 0.0
     for i, (label, a, exact) in enumerate(zip(NAMES, found, truth, strict=True)):
         if a is None:
             continue
         baseline = None if single is None else single[i]
-        right, error, limit = within(a.astype(np.float64), exact, baseline, T * (n + d + h + 8), u)
+        right, error, limit = within(a.astype(np.float64), exact, baseline, length, u, stored)
         if not right:
             detail = f"wrong numbers: {label} is off by {error:.2e}, at most {limit:.2e} is right"
             advice = (
@@ -177,6 +199,15 @@ def _checked(
             return Finding(name, "failed", detail, advice)
         worst = max(worst, error / limit)
     return Finding(name, "ok", f"forward and backward as the reference ({worst:.0%} of the limit)")
+
+
+def _type(name: str) -> tuple[np.dtype[Any], float]:
+    """Return a dtype by its name, and its unit roundoff."""
+    if name != "bfloat16":
+        return np.dtype(name), float(np.finfo(name).eps) / 2
+    import ml_dtypes
+
+    return np.dtype(ml_dtypes.bfloat16), float(ml_dtypes.finfo(ml_dtypes.bfloat16).eps) / 2
 
 
 def _as(dtype: type) -> Callable[[Array], Array]:

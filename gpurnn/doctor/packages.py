@@ -1,14 +1,16 @@
 """What is installed, in which version, and whether the versions fit each other."""
 
+import importlib
 import importlib.metadata
 import importlib.util
 import platform
+import warnings
 from collections.abc import Iterator
 
 import gpurnn
 from gpurnn.doctor.findings import Finding
 
-__all__ = ["PACKAGES", "packages", "versions_fit"]
+__all__ = ["PACKAGES", "import_error", "installed", "packages", "versions_fit"]
 
 CUDA = "pip install 'gpurnn[cuda13]'"
 EMULATOR = "pip install 'gpurnn[emulator]'"
@@ -30,18 +32,39 @@ PACKAGES: dict[str, tuple[str, tuple[str, ...], str, str]] = {
 
 
 def packages() -> Iterator[Finding]:
-    """Yield gpurnn, Python, and each package: its version, or that it is missing."""
+    """Yield gpurnn, Python, and each package: its version, that it is missing, or its error."""
     yield Finding("gpurnn", "ok", gpurnn.__version__)
     yield Finding("Python", "ok", f"{platform.python_version()} on {platform.platform()}")
     for name, (module, distributions, purpose, install) in PACKAGES.items():
         found = _version(distributions)
-        if _importable(module):
-            yield Finding(name, "ok", found or "version unknown")
-        elif found is not None:
-            detail = f"{found} is installed, but the module {module} cannot be found"
-            yield Finding(name, "failed", detail, f"{install} --force-reinstall")
-        else:
+        known = found or "version unknown"
+        again = f"{install} --force-reinstall"
+        if not installed(module, distributions):
             yield Finding(name, "missing", f"not installed; for {purpose}", install)
+        elif not _findable(module):
+            detail = f"{known} is installed, but the module {module} cannot be found"
+            yield Finding(name, "failed", detail, again)
+        elif (error := import_error(module)) is not None:
+            detail = f"{known} is installed, but {module} cannot be imported: {error}"
+            yield Finding(name, "failed", detail, again)
+        else:
+            yield Finding(name, "ok", known)
+
+
+def installed(module: str, distributions: tuple[str, ...]) -> bool:
+    """Whether a package is there: its module is found or a distribution of it is installed."""
+    return _findable(module) or _version(distributions) is not None
+
+
+def import_error(module: str) -> str | None:
+    """Import a module; return the error in words if that fails, None if it does not."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what it is not content with is not what is asked
+            importlib.import_module(module)
+    except Exception as e:  # a broken package may raise anything
+        return f"{type(e).__name__}: {e}"
+    return None
 
 
 def versions_fit() -> Iterator[Finding]:
@@ -64,7 +87,7 @@ def versions_fit() -> Iterator[Finding]:
 
 
 def _compilers() -> Iterator[Finding]:
-    if not _importable("numba_cuda") or not _importable("cuda.bindings"):
+    if not _findable("numba_cuda") or not _findable("cuda.bindings"):
         return
     from cuda.bindings import nvjitlink, nvvm
 
@@ -85,15 +108,22 @@ def _compilers() -> Iterator[Finding]:
 
 
 def _cupy_major() -> int | None:
+    """Return the CUDA major that CuPy is made for: by its package's name, else it is asked.
+
+    One built from source, or conda's, is called cupy alone.
+    """
     for major in (13, 12, 11):
         if _version((f"cupy-cuda{major}x",)) is not None:
             return major
-    return None
+    if not _findable("cupy") or import_error("cupy") is not None:
+        return None  # told by packages()
+    runtime = importlib.import_module("cupy").cuda.runtime
+    return int(runtime.runtimeGetVersion()) // 1000
 
 
 def _toolkit_major() -> int | None:
     """Return the CUDA major of the toolkit that kernels are compiled with: nvJitLink's version."""
-    if not _importable("cuda.bindings"):
+    if not _findable("cuda.bindings"):
         return None
     from cuda.bindings import nvjitlink
 
@@ -109,7 +139,7 @@ def _version(distributions: tuple[str, ...]) -> str | None:
     return None
 
 
-def _importable(module: str) -> bool:
+def _findable(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # the package that should hold it is not there

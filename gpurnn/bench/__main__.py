@@ -1,0 +1,63 @@
+"""``python -m gpurnn.bench``: the benchmark without the command line's packages.
+
+As ``gpurnn bench``, but without its table: the result is the file --out, or JSON on stdout. Exit
+codes: 0 done; 1 something failed; 2 a mistake in the command; 143 stopped by SIGTERM.
+"""
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from gpurnn.bench.command import DEVICES, INSTALL, checked, draw, failures, measure
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m gpurnn.bench", description=__doc__)
+    parser.add_argument("--device", default="auto", help=f"one of {', '.join(DEVICES)}")
+    parser.add_argument("--seconds", type=float, help="for each figure")
+    parser.add_argument("--threads", type=int, default=2, help="on cpu, on both sides")
+    parser.add_argument("--limit", type=float, help="on cuda: begin nothing new after so many s")
+    parser.add_argument("--out", type=Path, help="write the result to this file, its plot beside")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    given = parser.parse_args(arguments)
+    try:
+        asked = checked(given.device, given.seconds, given.threads, given.limit, given.out, _note)
+    except ValueError as e:
+        parser.error(str(e))
+    try:
+        result = measure(asked, _note)
+    except ImportError as e:
+        return _failed(f"{e} ({INSTALL})")
+    except (ArithmeticError, OSError) as e:
+        return _failed(str(e))
+    if given.json or given.out is None:
+        print(json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False))
+    if asked.out is not None and any("times_us" in record for record in result["records"]):
+        if importlib.util.find_spec("matplotlib") is None:
+            _note("no plot: matplotlib is not installed")
+        else:
+            try:
+                _note(f"plot: {draw(asked.out)}")
+            except (ValueError, OSError) as e:
+                return _failed(f"no plot: {e}")
+    told = failures(result)
+    return _failed(told) if told else 0
+
+
+def _note(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _failed(message: str) -> int:
+    _note(f"error: {message}")
+    return 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

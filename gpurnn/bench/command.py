@@ -1,0 +1,219 @@
+"""What ``gpurnn bench`` and ``python -m gpurnn.bench`` share: the run, and its result on disk.
+
+It prints nothing, and needs neither typer nor rich: what is to be said goes to ``note``.
+"""
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gpurnn import bench as benchmark
+from gpurnn import validate
+from gpurnn.files import write_atomically
+
+__all__ = ["INSTALL", "Asked", "Result", "checked", "draw", "failures", "measure"]
+
+INSTALL = "in the source folder: pip install -e '.[bench]'"
+DEVICES = ("auto", "cpu", "cuda")
+SECONDS = {"cpu": 2.0, "cuda": 0.15}
+
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A run that can be made; ``device`` is cpu or cuda, ``seconds`` those for each figure."""
+
+    device: str
+    seconds: float
+    threads: int = 2
+    limit: float | None = None
+    out: Path | None = None
+
+
+@dataclass
+class Result:
+    """What has been found so far; ``keep`` writes it to the file, whole, if there is one."""
+
+    out: Path | None
+    summed_up: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    found: dict[str, Any] = field(default_factory=dict)
+
+    def keep(self, *, complete: bool = False) -> None:
+        """Sum up and write; ``complete`` says that nothing more will come."""
+        self.found["complete"] = complete
+        self.found |= self.summed_up(self.found["records"])
+        if self.out is not None:
+            write_atomically(self.out, (json.dumps(self.found, indent=2) + "\n").encode())
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Take a record, and write all there is."""
+        self.found["records"].append(record)
+        self.keep()
+
+
+def checked(
+    device: str,
+    seconds: float | None,
+    threads: int,
+    limit: float | None,
+    out: Path | None,
+    note: Note,
+) -> Asked:
+    """Return the run that is asked for; None in ``seconds`` is the device's own.
+
+    Raises:
+        ValueError: it cannot be made; the message says what came and what was expected.
+    """
+    where = _device(device, note)
+    validate.positive("threads", threads)
+    if out is not None and not out.parent.is_dir():
+        raise ValueError(f"out is {out}: {out.parent} is not a folder")
+    for name, given in (("seconds", seconds), ("limit", limit)):
+        if given is not None:
+            validate.number(name, given, "a finite number above 0", lambda x: 0 < x < math.inf)
+    return Asked(where, SECONDS[where] if seconds is None else seconds, threads, limit, out)
+
+
+def measure(asked: Asked, note: Note) -> dict[str, Any]:
+    """Measure, and write what there is to ``asked.out`` after every record.
+
+    Its ``complete`` is false until the end. SIGTERM ends the run by SystemExit (128 + 15) with what
+    there is written.
+
+    Raises:
+        ImportError: something it needs is not installed.
+        ArithmeticError: a result on the cpu is wrong.
+        OSError: the file cannot be written.
+    """
+    with _stopped_by_sigterm():
+        return _on_gpu(asked, note) if asked.device == "cuda" else _on_cpu(asked, note)
+
+
+def draw(path: Path) -> Path:
+    """Draw the plot of the result in a file beside it, and return its path.
+
+    Raises:
+        ValueError: the file is no result with something to draw.
+        OSError: a file cannot be read or written.
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        result = json.loads(path.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise ValueError(f"{path} is not JSON: {e}") from e
+    picture = path.with_suffix(".png")
+    benchmark.plot(result, picture)
+    return picture
+
+
+def failures(result: dict[str, Any]) -> str:
+    """Return how many runs failed, in words; empty if none did."""
+    failed = result.get("summary", {}).get("failed")
+    return f"{failed} of {len(result['records'])} runs failed: see above" if failed else ""
+
+
+def _device(asked: str, note: Note) -> str:
+    from gpurnn.doctor.device import why_no_gpu
+
+    if asked not in DEVICES:
+        raise ValueError(f"device is {asked!r}: expected one of {', '.join(DEVICES)}")
+    if asked == "cpu":
+        return asked
+    missing = why_no_gpu()
+    if missing is None:
+        return "cuda"
+    if asked == "cuda":
+        raise ValueError(f"device is 'cuda' but there is no GPU to use: {missing}")
+    note(f"no GPU to use ({missing}): measuring on cpu")
+    return "cpu"
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """End by SystemExit when SIGTERM comes, so that what is under way is left in order."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # handlers can be set in the main thread alone
+        return
+
+    def stop(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _on_cpu(asked: Asked, note: Note) -> dict[str, Any]:
+    where = benchmark.environment(asked.threads)
+    if where["versions"]["torch"] == "not installed":
+        note(f"torch is not installed: no comparison ({INSTALL})")
+    result = Result(asked.out, lambda records: dict(benchmark.summary(records)))
+    result.found = {"complete": False, "environment": where, "records": []}
+    for record in benchmark.measure_cpu(seconds=asked.seconds, threads=asked.threads):
+        result.add(record)
+        note(f"done: {record['shape']}")
+    result.keep(complete=True)
+    return result.found
+
+
+def _on_gpu(asked: Asked, note: Note) -> dict[str, Any]:
+    begun = time.monotonic()
+
+    def left() -> float | None:
+        return None if asked.limit is None else asked.limit - (time.monotonic() - begun)
+
+    result = Result(asked.out, lambda records: {"summary": benchmark.gpu_summary(records)})
+    result.found = {
+        "complete": False,
+        "runs": len(benchmark.GPU_RUNS),
+        "environment": benchmark.gpu_environment(),
+        "overhead_us": {},
+        "records": [],
+    }
+    result.keep()
+    try:
+        for failure in benchmark.compile_runs(benchmark.GPU_RUNS, limit=left()):
+            note(f"could not be compiled ahead: {failure}")
+        if (rest := left()) is None or rest > 0:
+            result.found["overhead_us"] = _overhead(asked.seconds, note)
+        for record in benchmark.measure_gpu(seconds=asked.seconds, limit=left()):
+            result.add(record)
+            _tell(record, note)
+    except BaseException:
+        result.keep()  # stopped, or broken in a way that no record tells: what there is
+        raise
+    result.keep(complete=True)
+    return result.found
+
+
+def _overhead(seconds: float, note: Note) -> dict[str, Any]:
+    try:
+        return benchmark.measure_overhead(seconds=seconds)
+    except Exception as e:  # the other figures must not be lost by it
+        note(f"FAILED: overhead: {type(e).__name__}: {e}")
+        return {"failed": f"{type(e).__name__}: {e}"}
+
+
+def _tell(record: dict[str, Any], note: Note) -> None:
+    told = f"{record['group']} {record['shape']} {record['dtype']}"
+    if "left_out" in record:
+        note(f"left out: {told}: {record['left_out']}")
+        return
+    if "failed" in record:
+        note(f"FAILED: {told}: {record['failed']}")
+        return
+    note(f"done: {told}, {record['us_per_step']['forward']:.3f} µs a step forward")
+    for peer, found in record.get("peers", {}).items():
+        for what in ("failed", "left_out"):
+            if what in found:
+                note(f"  {peer} {what.replace('_', ' ')}: {found[what]}")
