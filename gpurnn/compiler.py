@@ -16,7 +16,9 @@ __all__ = [
     "ArraySpec",
     "Compiled",
     "compile_kernel",
+    "compiling_for",
     "entry_of",
+    "installed",
     "packed",
     "ptx_of",
     "toolchain",
@@ -54,14 +56,17 @@ class Compiled:
 
 def toolchain() -> str:
     """Return the versions that machine code depends on, in one line."""
-    return " ".join(f"{name}={_version(name)}" for name in TOOLCHAIN)
+    return " ".join(f"{name}={installed(name) or 'none'}" for name in TOOLCHAIN)
 
 
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
+def installed(*distributions: str) -> str | None:
+    """Return the version of the first of these distributions that is installed."""
+    for name in distributions:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
 
 
 def ptx_of(
@@ -134,7 +139,7 @@ def _compiled(
             for a in arguments
         )
     )
-    with _compiling_for(compute_capability):
+    with compiling_for(compute_capability):
         code: Any
         code, _ = cuda.compile(
             function,
@@ -149,7 +154,7 @@ def _compiled(
 
 
 @contextmanager
-def _compiling_for(compute_capability: tuple[int, int]) -> Iterator[None]:
+def compiling_for(compute_capability: tuple[int, int]) -> Iterator[None]:
     """Let Numba compile device functions for an architecture, whatever device is there, or none.
 
     Numba asks the current device for it. The lock that it compiles under is held meanwhile, so that

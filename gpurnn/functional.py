@@ -114,8 +114,9 @@ def _beside(
     engine: Engine | None, arguments: dict[str, object]
 ) -> tuple[list[Any], validate.Place]:
     """Return the arrays of a backward pass, and where they must lie, as in the forward pass."""
+    values = list(arguments.values())
     if engine is None:
-        return list(arguments.values()), validate.HOST
+        return values, validate.HOST
     if isinstance(engine, GPUEngine):
         gpu, taken = arrays.taken(arguments)
         if gpu != engine:
@@ -123,8 +124,8 @@ def _beside(
                 f"{next(iter(arguments))} is on CUDA device {gpu.index} but the forward pass ran "
                 f"on {engine.index}: expected all arrays on one device"
             )
-        return list(taken.values()), validate.kernels_place(engine.xp)
-    return list(arguments.values()), validate.kernels_place(engine.xp)
+        values = list(taken.values())
+    return values, validate.kernels_place(engine.xp)
 
 
 def rnn_forward(

@@ -24,6 +24,7 @@ __all__ = [
     "negative_log_likelihood",
     "rnn_backward",
     "rnn_forward",
+    "rows_of",
 ]
 
 Floats = NDArray[Any]
@@ -122,7 +123,7 @@ def embedding_backward(dX: Floats, ids: Ids, num_rows: int) -> Floats:
     return dE
 
 
-def _rows(A: Floats) -> Floats:
+def rows_of(A: Floats) -> Floats:
     """All leading axes as one; their product is spelled out, as -1 cannot stand beside a 0."""
     return A.reshape(math.prod(A.shape[:-1]), A.shape[-1])
 
@@ -142,9 +143,9 @@ def linear(H: Floats, W_hq: Floats, b_q: Floats | None) -> Floats:
 
 def linear_backward(dO: Floats, H: Floats, W_hq: Floats) -> tuple[Floats, Floats, Floats]:
     """Return dH (like H), dW_hq (h, q), db_q (q,)."""
-    dO_rows = _rows(dO)
+    dO_rows = rows_of(dO)
     dH = (dO_rows @ W_hq.T).reshape(H.shape)
-    dW_hq = _rows(H).T @ dO_rows
+    dW_hq = rows_of(H).T @ dO_rows
     return dH, dW_hq, _sum_rows(dO_rows)
 
 

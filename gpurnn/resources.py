@@ -25,6 +25,7 @@ from gpurnn.sass import instruction_mix, multiply_adds, recurrent_loop
 __all__ = [
     "Resources",
     "ToolMissing",
+    "assemble",
     "instruction_mix",
     "listing_of",
     "multiply_adds",
@@ -147,11 +148,23 @@ def listing_of(kernel: Compiled | str, compute_capability: tuple[int, int] | Non
         elif compute_capability is None:
             raise TypeError("compute_capability is None: expected one such as (9, 0) with PTX")
         else:
-            major, minor = compute_capability
-            ptx = Path(folder) / "kernel.ptx"
-            ptx.write_text(kernel, encoding="utf-8")
-            _run("ptxas", f"-arch=sm_{major}{minor}", str(ptx), "-o", str(cubin))
+            cubin.write_bytes(assemble(kernel, compute_capability))
         return _run("nvdisasm", str(cubin))
+
+
+def assemble(ptx: str, compute_capability: tuple[int, int]) -> bytes:
+    """Return what ptxas makes of PTX.
+
+    Raises:
+        ToolMissing: there is no ptxas.
+        ValueError: ptxas refuses the PTX; the message is its own.
+    """
+    major, minor = compute_capability
+    with tempfile.TemporaryDirectory() as folder:
+        source, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
+        source.write_text(ptx, encoding="utf-8")
+        _run("ptxas", f"-arch=sm_{major}{minor}", str(source), "-o", str(cubin))
+        return cubin.read_bytes()
 
 
 def sass_of_listing(listing: str) -> str:

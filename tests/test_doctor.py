@@ -175,7 +175,7 @@ def test_major_of_a_cupy_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Built from source, or conda's: no distribution's name says it, so CuPy is asked."""
     runtime = types.SimpleNamespace(runtimeGetVersion=lambda: 12_080)
     fake = types.SimpleNamespace(cuda=types.SimpleNamespace(runtime=runtime))
-    monkeypatch.setattr(packages, "_version", lambda _: None)
+    monkeypatch.setattr(packages.compiler, "installed", lambda *_: None)
     monkeypatch.setattr(packages, "_findable", lambda _: True)
     monkeypatch.setitem(sys.modules, "cupy", fake)
     assert packages._cupy_major() == 12

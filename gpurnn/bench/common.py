@@ -1,6 +1,5 @@
 """What every benchmark has in common: shapes, the numbers drawn for them, errors, figures."""
 
-import importlib.metadata
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import gpurnn
+from gpurnn.compiler import installed
 
 __all__ = [
     "ERROR_LIMITS",
@@ -84,12 +84,9 @@ def figure(microseconds: Sequence[float], passes: int) -> Figure:
 
 def versions(packages: Sequence[str]) -> dict[str, str]:
     """Return the versions of distributions by name; gpurnn's own also where it is a checkout."""
-    found = {}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = gpurnn.__version__ if package == "gpurnn" else "not installed"
+    found = {package: installed(package) or "not installed" for package in packages}
+    if "gpurnn" in found and installed("gpurnn") is None:
+        found["gpurnn"] = gpurnn.__version__
     return found
 
 

@@ -6,7 +6,6 @@ queued on the current stream, and nothing waits for it. Every sum has one order:
 give the same bits each time.
 """
 
-import math
 from functools import cache
 from typing import Any
 
@@ -15,6 +14,7 @@ from gpurnn.activation import Activation, AnyActivation
 from gpurnn.cuda.engines import Array, Engine
 from gpurnn.cuda.specs import REAL, KernelSpec, Kind
 from gpurnn.planning import SIDE, Plan, dtype_name
+from gpurnn.reference import rows_of
 
 __all__ = [
     "hidden_layer",
@@ -153,7 +153,7 @@ def hidden_layer(
     xp, dtype = engine.xp, W_xh.dtype
     h = W_xh.shape[1]
     with engine.here():
-        rows = _rows(X)
+        rows = rows_of(X)
         H = xp.empty((*X.shape[:-1], h), dtype)
         Z = None if activation.of_output else xp.empty_like(H)
         flat = H.reshape(len(rows), h)
@@ -197,7 +197,7 @@ def linear(engine: Engine, H: Array, W_hq: Array, b_q: Array | None) -> Array:
     with engine.here():
         O = engine.xp.empty((*H.shape[:-1], q), W_hq.dtype)
         if O.size:
-            engine.product(_rows(H), W_hq, _rows(O))
+            engine.product(rows_of(H), W_hq, rows_of(O))
         if b_q is not None:
             O += b_q
     return O
@@ -209,9 +209,9 @@ def linear_backward(engine: Engine, dO: Array, H: Array, W_hq: Array) -> tuple[A
     with engine.here():
         if not dO.size:
             return xp.zeros(H.shape, H.dtype), xp.zeros_like(W_hq), xp.zeros(q, W_hq.dtype)
-        rows = _rows(dO)
+        rows = rows_of(dO)
         dH = _product(engine, rows, W_hq.T).reshape(H.shape)
-        return dH, _product(engine, _rows(H).T, rows), _sum_rows(engine, rows)
+        return dH, _product(engine, rows_of(H).T, rows), _sum_rows(engine, rows)
 
 
 def _spec(
@@ -219,11 +219,6 @@ def _spec(
 ) -> KernelSpec:
     key = activation if isinstance(activation, Activation) else activation.name
     return KernelSpec(kind, sizes, key, dtype_name(dtype), scaled)
-
-
-def _rows(A: Array) -> Array:
-    """All leading axes as one; their product is spelled out, as -1 cannot stand beside a 0."""
-    return A.reshape(math.prod(A.shape[:-1]), A.shape[-1])
 
 
 def _product(engine: Engine, A: Array, B: Array) -> Array:

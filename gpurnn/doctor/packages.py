@@ -1,13 +1,13 @@
 """What is installed, in which version, and whether the versions fit each other."""
 
 import importlib
-import importlib.metadata
 import importlib.util
 import platform
 import warnings
 from collections.abc import Iterator
 
 import gpurnn
+from gpurnn import compiler
 from gpurnn.doctor.findings import Finding
 
 __all__ = ["PACKAGES", "import_error", "installed", "packages", "versions_fit"]
@@ -36,7 +36,7 @@ def packages() -> Iterator[Finding]:
     yield Finding("gpurnn", "ok", gpurnn.__version__)
     yield Finding("Python", "ok", f"{platform.python_version()} on {platform.platform()}")
     for name, (module, distributions, purpose, install) in PACKAGES.items():
-        found = _version(distributions)
+        found = compiler.installed(*distributions)
         known = found or "version unknown"
         again = f"{install} --force-reinstall"
         if not installed(module, distributions):
@@ -53,7 +53,7 @@ def packages() -> Iterator[Finding]:
 
 def installed(module: str, distributions: tuple[str, ...]) -> bool:
     """Whether a package is there: its module is found or a distribution of it is installed."""
-    return _findable(module) or _version(distributions) is not None
+    return _findable(module) or compiler.installed(*distributions) is not None
 
 
 def import_error(module: str) -> str | None:
@@ -102,7 +102,7 @@ def _compilers() -> Iterator[Finding]:
                 name, "failed", f"{type(e).__name__}: {e}", f"{EMULATOR}, which brings {package}"
             )
             continue
-        known = _version((package,))
+        known = compiler.installed(package)
         origin = f"{package} {known}" if known else "from the CUDA toolkit on this machine"
         yield Finding(name, "ok", f"{found} ({origin})")
 
@@ -113,7 +113,7 @@ def _cupy_major() -> int | None:
     One built from source, or conda's, is called cupy alone.
     """
     for major in (13, 12, 11):
-        if _version((f"cupy-cuda{major}x",)) is not None:
+        if compiler.installed(f"cupy-cuda{major}x") is not None:
             return major
     if not _findable("cupy") or import_error("cupy") is not None:
         return None  # told by packages()
@@ -128,15 +128,6 @@ def _toolkit_major() -> int | None:
     from cuda.bindings import nvjitlink
 
     return int(nvjitlink.version()[0])
-
-
-def _version(distributions: tuple[str, ...]) -> str | None:
-    for name in distributions:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
 
 
 def _findable(module: str) -> bool:
