@@ -13,6 +13,7 @@ from gpurnn.evaluation import Evaluation
 from gpurnn.language_model import LanguageModel
 from gpurnn.mlp import MLPModel
 from gpurnn.ngram import NGramModel
+from gpurnn.planning import Group
 from gpurnn.rnn import RNN
 from gpurnn.text import Corpus, CorpusError, Tokenizer, Vocabulary, load_corpus
 
@@ -23,6 +24,7 @@ __all__ = [
     "Corpus",
     "CorpusError",
     "Evaluation",
+    "Group",
     "LanguageModel",
     "MLPModel",
     "NGramModel",

@@ -37,7 +37,7 @@ from gpurnn import reference, validate
 from gpurnn.activation import Activation, AnyActivation
 from gpurnn.cuda import arrays, operations
 from gpurnn.cuda.engines import Engine, GPUEngine, current_emulation
-from gpurnn.planning import KERNELS, Plan
+from gpurnn.planning import KERNELS, PRECISIONS, Group, Plan
 
 __all__ = [
     "HiddenResiduals",
@@ -136,7 +136,8 @@ def rnn_forward(
     b_h: Floats | None,
     *,
     activation: str | Activation = "tanh",
-    kernel: str | None = None,
+    kernel: str | Group | None = None,
+    precision: str = "ieee",
     check_ids: bool = True,
 ) -> tuple[Floats, RNNResiduals]:
     """Run H_t = φ(X_t W_xh + H_{t-1} W_hh + b_h) over a sequence (*Dive into Deep Learning* 9.4.5).
@@ -149,8 +150,13 @@ def rnn_forward(
         activation: "tanh", "relu", "sigmoid", "softplus", "identity"; "fast_tanh", "fast_sigmoid"
             (a GPU may approximate, to a relative 2⁻¹¹; NumPy does not); or a ``gpurnn.Activation``.
         kernel: for arrays on a GPU, or under the emulator: "resident" (the whole sequence in one
-            launch), "step" (a launch a step), "concatenated" (a launch a step, the input's product
-            in it; X must be floats); None leaves it to ``gpurnn.plan``.
+            launch, W_hh in each block), "group" (the same, W_hh split over blocks; a
+            ``gpurnn.Group`` says how many, and how they exchange their states), "step" (a launch a
+            step), "concatenated" (a launch a step, the input's product in it; X must be floats);
+            None leaves it to ``gpurnn.plan``.
+        precision: "ieee"; or "tf32", for float32 on a GPU: products with W_hh are of numbers
+            rounded to 10 bits, on tensor cores, summed as float32, in both passes. It concerns the
+            recurrence alone.
         check_ids: False where ids on a GPU are known to lie in [0, d): to look means to wait for
             the GPU, and cannot be captured in a CUDA graph.
 
@@ -165,8 +171,9 @@ def rnn_forward(
             let NaN pass.) Or a kernel is named that there is not, that has no GPU to run on, or
             that cannot hold h.
     """
-    if kernel is not None:
+    if kernel is not None and not isinstance(kernel, Group):
         validate.choice("kernel", kernel, KERNELS)
+    validate.choice("precision", precision, PRECISIONS)
     engine, (X, h_0, W_xh, W_hh, b_h), place = _placed(
         {"X": X, "h_0": h_0, "W_xh": W_xh, "W_hh": W_hh, "b_h": b_h}
     )
@@ -175,11 +182,16 @@ def rnn_forward(
             X, h_0, W_xh, W_hh, b_h, activation, place, check_ids=check_ids
         )
     if engine is not None:
-        return _rnn_forward_by_kernels(engine, kernel, arguments)
+        return _rnn_forward_by_kernels(engine, kernel, arguments, precision)
     if kernel is not None:
         raise ValueError(
             f"kernel is {kernel!r} but X is a numpy.ndarray: kernels take arrays on a GPU, or "
             "NumPy's within gpurnn.emulated()"
+        )
+    if precision != "ieee":
+        raise ValueError(
+            f"precision is {precision!r} but X is a numpy.ndarray: expected an array on a GPU, or "
+            "'ieee'"
         )
     with _quiet():
         states, Z = reference.rnn_forward(*arguments)
@@ -198,12 +210,14 @@ def rnn_forward(
 
 
 def _rnn_forward_by_kernels(
-    engine: Engine, kernel: str | None, arguments: validate.RNNArguments
+    engine: Engine, kernel: str | Group | None, arguments: validate.RNNArguments, precision: str
 ) -> tuple[Floats, RNNResiduals]:
     X, h_0, W_xh, W_hh, b_h, phi = arguments
     if kernel == "concatenated" and X.ndim == 2:
         raise ValueError("kernel is 'concatenated' but X holds ids: expected (T, n, d) floats")
-    states, Z, plan = operations.rnn_forward(engine, kernel, X, h_0, W_xh, W_hh, b_h, phi)
+    states, Z, plan = operations.rnn_forward(
+        engine, kernel, X, h_0, W_xh, W_hh, b_h, phi, precision
+    )
     residuals = RNNResiduals(
         X, states, Z, W_xh, W_hh, b_h is not None, phi, engine=engine, plan=plan
     )

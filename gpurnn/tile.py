@@ -12,9 +12,11 @@ Sizes past h are padding: weights of 0 that are never stored, in registers and s
 
 from typing import NamedTuple
 
-__all__ = ["VECTOR", "WARP", "Tile"]
+__all__ = ["LINE", "VECTOR", "WARP", "Share", "TensorShare", "Tile"]
 
 WARP = 32
+LINE = 16
+"""64-bit words of a line of the L2 cache."""
 VECTOR = 4
 """Neighbouring k that a thread takes at a time: a 128-bit load of floats."""
 
@@ -63,3 +65,124 @@ class Tile(NamedTuple):
     def shared_values(self) -> int:
         """Numbers of v that it holds in static shared memory: two buffers of its rows."""
         return 2 * self.rows * self.slices * self.stride
+
+
+class Share(NamedTuple):
+    """Sizes of a group kernel that multiplies in float32: W_hh split over ``blocks`` by columns.
+
+    A block owns ``width`` columns of the product. Its threads come in ``groups`` of 16 neighbouring
+    lanes, which own ``columns`` columns each; lane s of a group owns the rows of W from
+    ``s · depth`` on, the first ``kept`` of them in registers, the rest in shared memory. It takes
+    ``rows`` rows of the batch at a time and ``passes`` times as many in a step.
+
+    The order of every sum depends on h alone: neither the number of blocks nor that of rows nor
+    how they exchange their states changes a bit of the result.
+    """
+
+    h: int
+    blocks: int
+    groups: int
+    columns: int
+    rows: int
+    passes: int
+    kept: int
+
+    @property
+    def slices(self) -> int:
+        """Lanes that share the rows of W."""
+        return 16
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: whole warps, where ``groups`` is even."""
+        return self.groups * self.slices
+
+    @property
+    def width(self) -> int:
+        """Columns of a block; those from h on are padding."""
+        return self.groups * self.columns
+
+    @property
+    def depth(self) -> int:
+        """Rows of W that a lane owns."""
+        return -(-self.h // (self.slices * VECTOR)) * VECTOR
+
+    @property
+    def stride(self) -> int:
+        """Distance of two slices of v in shared memory; see ``Tile.stride``."""
+        return self.depth if self.depth % 8 == VECTOR else self.depth + VECTOR
+
+    @property
+    def slice_rows(self) -> int:
+        """Rows of the batch that a group of blocks owns."""
+        return self.rows * self.passes
+
+    @property
+    def finished(self) -> int:
+        """Lanes of a group that are left with different sums; the others hold copies."""
+        return min(self.slices, self.rows * self.columns)
+
+    @property
+    def own(self) -> int:
+        """Sums that a lane is left with."""
+        return self.rows * self.columns // self.finished
+
+    @property
+    def shared_weights(self) -> int:
+        """Numbers of W that a block holds in shared memory; the values of v lie behind them."""
+        return (self.depth - self.kept) * self.columns * self.threads
+
+    @property
+    def shared_values(self) -> int:
+        """Numbers of v in shared memory: two buffers of all the rows of a group."""
+        return 2 * self.slice_rows * self.slices * self.stride
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of dynamic shared memory."""
+        return 4 * (self.shared_weights + self.shared_values)
+
+
+class TensorShare(NamedTuple):
+    """TEMP."""
+
+    h: int
+    blocks: int
+    tiles: int
+    passes: int
+    slices: int
+    warps: int
+    kind: str
+
+    @property
+    def rows(self) -> int:
+        return 8 * self.tiles
+
+    @property
+    def slice_rows(self) -> int:
+        return self.rows * self.passes
+
+    @property
+    def width(self) -> int:
+        return 16 * self.warps // self.slices
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps
+
+    @property
+    def depth(self) -> int:
+        k = 16 if self.kind == "tf32" else 32
+        return -(-self.h // (self.slices * k)) * k
+
+    @property
+    def registers(self) -> int:
+        return self.depth // (2 if self.kind == "tf32" else 4)
+
+    @property
+    def own(self) -> int:
+        return 4 * self.tiles // self.slices
+
+    @property
+    def shared_bytes(self) -> int:
+        return 2 * self.slice_rows * self.h * 4

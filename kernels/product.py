@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from numba import cuda, uint32
 
 from gpurnn.kernels.device import DeviceFunction, device, in_order
-from gpurnn.tile import VECTOR, Tile
+from gpurnn.tile import VECTOR, Share, Tile
 
-__all__ = ["Product", "product"]
+__all__ = ["Product", "loader", "product"]
 
 ALL_LANES = 0xFFFFFFFF
 
@@ -53,7 +53,7 @@ def product(tile: Tile, real: Any, load_value: DeviceFunction, *, transposed: bo
     """
     return Product(
         _clear(tile, real),
-        _load(tile, real, load_value, transposed),
+        loader(tile, real, load_value, transposed=transposed),
         _multiply(tile, real),
         _reduce(tile),
     )
@@ -77,7 +77,10 @@ def _clear(tile: Tile, real: Any) -> DeviceFunction:
     return clear
 
 
-def _load(tile: Tile, real: Any, load_value: DeviceFunction, transposed: bool) -> DeviceFunction:
+def loader(
+    tile: Tile | Share, real: Any, load_value: DeviceFunction, *, transposed: bool
+) -> DeviceFunction:
+    """Build ``load`` of ``Product``."""
     C, kept, threads = tile.columns, tile.kept, uint32(tile.threads)
     h, vector, columns = uint32(tile.h), uint32(VECTOR), uint32(C)
     quads = uint32((tile.depth - kept) // VECTOR * C)

@@ -22,6 +22,7 @@ from numba.cuda.extending import intrinsic
 __all__ = [
     "bar_sync",
     "bf16_to_float",
+    "bits_float",
     "cluster_arrive",
     "cluster_load",
     "cluster_rank",
@@ -29,11 +30,14 @@ __all__ = [
     "cluster_store",
     "cluster_wait",
     "exp2_approx",
+    "float_bits",
     "float_to_bf16",
     "float_to_half",
     "half_to_float",
     "load_acquire",
+    "load_floats4",
     "load_relaxed",
+    "load_relaxed_pair",
     "pack_bf16x2",
     "pack_f16x2",
     "prefetch_l2",
@@ -591,3 +595,87 @@ def bar_sync(typing: Any, barrier: Any, count: Any) -> Any:
         return None
     expected = (int32, int32)
     return _typed(types.void, expected, expected, "bar.sync $0, $1;", "r,r", barrier=True)
+
+
+# ---------------------------------------------------------------------------------------
+# Several numbers at once
+# ---------------------------------------------------------------------------------------
+
+
+def _emulated_load_floats4(cuda: Any, array: Any, index: int) -> Any:
+    return tuple(array[index + i] for i in range(4))
+
+
+@_instruction(_emulated_load_floats4)
+def load_floats4(typing: Any, array: Any, index: Any) -> Any:
+    """Read ``array[index]`` to ``array[index + 3]``, float32, as one vector → UniTuple(float32, 4).
+
+    The array is flat and its beginning aligned to 16 bytes; index is a multiple of 4. An ordinary
+    load: the compiler may move it, and finds out itself that the memory is shared.
+    """
+    if not isinstance(array, types.Array) or array.ndim != 1 or array.dtype != float32:
+        return None
+    quad = types.UniTuple(float32, 4)
+
+    def codegen(context: Any, builder: Any, _: Any, operands: Any) -> Any:
+        address = _address(context, builder, array, operands[0], index, operands[1])
+        vector = ir.VectorType(ir.FloatType(), 4)
+        value = builder.load(builder.bitcast(address, vector.as_pointer()), align=16)
+        parts = [builder.extract_element(value, ir.Constant(ir.IntType(32), i)) for i in range(4)]
+        return context.make_tuple(builder, quad, parts)
+
+    return quad(array, index), codegen
+
+
+def _emulated_load_relaxed_pair(cuda: Any, array: Any, index: int) -> Any:
+    return tuple(int(cuda.emu.strong_load(array, index + i)) for i in range(2))
+
+
+@_instruction(_emulated_load_relaxed_pair)
+def load_relaxed_pair(typing: Any, array: Any, index: Any) -> Any:
+    """Read the uint64 ``array[index]`` and ``array[index + 1]`` → UniTuple(uint64, 2).
+
+    As ``load_relaxed``, and each number by itself: what one is says nothing of the other. The flat
+    array begins at a multiple of 16 bytes, index is even. PTX ISA, "Data Movement and Conversion
+    Instructions: ld", ``ld.relaxed.gpu.global.v2.b64``; "Memory Consistency Model: Vector Data
+    Types".
+    """
+    if not isinstance(array, types.Array) or array.ndim != 1 or array.dtype != types.uint64:
+        return None
+    pair = types.UniTuple(types.uint64, 2)
+    word = ir.IntType(64)
+
+    def codegen(context: Any, builder: Any, _: Any, operands: Any) -> Any:
+        address = _address(context, builder, array, operands[0], index, operands[1])
+        text = "ld.relaxed.gpu.global.v2.b64 {$0, $1}, [$2];"
+        both = ir.LiteralStructType([word, word])
+        value = _call(builder, both, [address], text, "=l,=l,l", effect=True)
+        parts = [builder.extract_value(value, i) for i in range(2)]
+        return context.make_tuple(builder, pair, parts)
+
+    return pair(array, index), codegen
+
+
+# ---------------------------------------------------------------------------------------
+# The bits of a float32
+# ---------------------------------------------------------------------------------------
+
+
+def _emulated_float_bits(cuda: Any, x: float) -> Any:
+    return uint32(struct.unpack("<I", struct.pack("<f", x))[0])
+
+
+@_instruction(_emulated_float_bits)
+def float_bits(typing: Any, x: Any) -> Any:
+    """float32 → its bits, a uint32. PTX ISA, "Data Movement and Conversion Instructions: mov"."""
+    return _typed(uint32, (float32,), (x,), "mov.b32 $0, $1;", "=r,f")
+
+
+def _emulated_bits_float(cuda: Any, bits: int) -> Any:
+    return _float_of(int(bits))
+
+
+@_instruction(_emulated_bits_float)
+def bits_float(typing: Any, bits: Any) -> Any:
+    """The bits of a float32, a uint32 → the float32. PTX ISA as for ``float_bits``."""
+    return _typed(float32, (uint32,), (bits,), "mov.b32 $0, $1;", "=f,r")

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from gpurnn import compiler, planning
+from gpurnn.cuda import launching, reports
 from gpurnn.cuda.machine_code import cubin
 from gpurnn.cuda.specs import MOST_KEPT, KernelSpec, build
 
@@ -30,6 +31,9 @@ __all__ = [
 Array = Any  # cupy.ndarray, or numpy.ndarray under the emulator
 
 Size = tuple[int, int, int]
+
+GPU_PATIENCE = 1 << 24  # polls, of a third of a microsecond or more: seconds
+EMULATED_PATIENCE = 1 << 24
 
 
 class Engine(Hashable, Protocol):
@@ -52,10 +56,29 @@ class Engine(Hashable, Protocol):
         arrays: Sequence[Array],
         integers: Iterable[tuple[int, ...]] = ((),),
         shared: int = 0,
+        *,
+        cluster: int = 1,
+        cooperative: bool = False,
     ) -> None:
         """Queue a kernel once for each tuple of ``integers``, in order.
 
-        Its arguments are the arrays, C-contiguous, and then the integers.
+        Its arguments are the arrays, C-contiguous, and then the integers. ``shared`` is dynamic
+        shared memory in bytes, ``cluster`` the blocks of a cluster; of a ``cooperative`` launch all
+        blocks run at once, or it fails.
+        """
+
+    @property
+    def patience(self) -> int:
+        """How often a thread polls for another block before it gives up."""
+
+    def report(self, blocks: int) -> Array:
+        """Return a flat array of uint32, 0, in which so many blocks report that they gave up."""
+
+    def check_reports(self) -> None:
+        """Raise if a block of an earlier launch reported; does not wait for those that still run.
+
+        Raises:
+            RuntimeError: one did; the message says which, and in which step.
         """
 
     def product(self, A: Array, B: Array, out: Array) -> None:
@@ -91,13 +114,38 @@ class GPUEngine:
         arrays: Sequence[Array],
         integers: Iterable[tuple[int, ...]] = ((),),
         shared: int = 0,
+        *,
+        cluster: int = 1,
+        cooperative: bool = False,
     ) -> None:
-        function = _function(spec, self.index, shared)
+        function = _function(spec, self.index, shared, cluster)
         arguments: list[int] = []
         for a in arrays:
             arguments += compiler.packed(a.shape, a.itemsize, a.data.ptr)
         for last in integers:
-            function(grid, block, (*arguments, *last), shared_mem=shared)
+            if cluster == 1 and not cooperative:
+                function(grid, block, (*arguments, *last), shared_mem=shared)
+                continue
+            launching.launch(
+                function.ptr,
+                grid,
+                block,
+                (*arguments, *last),
+                shared=shared,
+                stream=cupy().cuda.get_current_stream().ptr,
+                cluster=cluster,
+                cooperative=cooperative,
+            )
+
+    @property
+    def patience(self) -> int:
+        return GPU_PATIENCE
+
+    def report(self, blocks: int) -> Array:
+        return reports.mapped(cupy(), self.index, blocks).array
+
+    def check_reports(self) -> None:
+        reports.check(self.index)
 
     def product(self, A: Array, B: Array, out: Array) -> None:
         if A.shape[1] == 0:
@@ -125,8 +173,8 @@ def _needed(module: str, why: str, extra: str) -> Any:
 
 
 @lru_cache(maxsize=MOST_KEPT)
-def _function(spec: KernelSpec, device: int, shared: int) -> Any:
-    """Load a kernel onto a device and let it have ``shared`` bytes of dynamic shared memory."""
+def _function(spec: KernelSpec, device: int, shared: int, cluster: int) -> Any:
+    """Load a kernel onto a device; let it have so much dynamic shared memory, and such clusters."""
     cuda = cupy().cuda
     _needed("numba.cuda", "kernels are compiled by numba-cuda", "cuda13")
     with cuda.Device(device):
@@ -143,6 +191,7 @@ def _function(spec: KernelSpec, device: int, shared: int) -> Any:
             driver = cuda.driver
             attribute = driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             driver.funcSetAttribute(function.ptr, attribute, shared)
+        launching.allow_clusters(function.ptr, cluster)
     return function
 
 
@@ -220,6 +269,9 @@ class EmulatedEngine:
         arrays: Sequence[Array],
         integers: Iterable[tuple[int, ...]] = ((),),
         shared: int = 0,
+        *,
+        cluster: int = 1,
+        cooperative: bool = False,
     ) -> None:
         from gpurnn import emulator
 
@@ -231,9 +283,20 @@ class EmulatedEngine:
                 block,
                 (*stored, *last),
                 shared=shared,
+                cluster=None if cluster == 1 else cluster,
                 seed=self.seed,
                 check_races=self.check_races,
             )
+
+    @property
+    def patience(self) -> int:
+        return EMULATED_PATIENCE
+
+    def report(self, blocks: int) -> Array:
+        return np.zeros(blocks, np.uint32)
+
+    def check_reports(self) -> None:
+        pass  # the emulator finds a thread that waits in vain before it gives up
 
     def product(self, A: Array, B: Array, out: Array) -> None:
         if out.itemsize == 2:  # NumPy would sum in half precision

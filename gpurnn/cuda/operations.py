@@ -6,15 +6,19 @@ queued on the current stream, and nothing waits for it. Every sum has one order:
 give the same bits each time.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
+
+import numpy as np
 
 from gpurnn import planning
 from gpurnn.activation import Activation, AnyActivation
 from gpurnn.cuda.engines import Array, Engine
 from gpurnn.cuda.specs import REAL, KernelSpec, Kind
-from gpurnn.planning import SIDE, Plan, dtype_name
+from gpurnn.planning import SIDE, Group, Plan, dtype_name, scratch_words
 from gpurnn.reference import rows_of
+from gpurnn.tile import Share, TensorShare
 
 __all__ = [
     "hidden_layer",
@@ -32,13 +36,14 @@ LARGEST_KEPT = 1 << 20  # numbers of a constant array that is kept for the next 
 
 def rnn_forward(
     engine: Engine,
-    kernel: str | None,
+    kernel: str | Group | None,
     X: Array,
     h_0: Array | None,
     W_xh: Array,
     W_hh: Array,
     b_h: Array | None,
     activation: AnyActivation,
+    precision: str = "ieee",
 ) -> tuple[Array, Array | None, Plan]:
     """H_t = φ(X_t W_xh + b_h + H_{t-1} W_hh) (9.4.5): one GEMM, or gather, then the recurrence.
 
@@ -48,7 +53,14 @@ def rnn_forward(
     xp, dtype = engine.xp, W_hh.dtype
     (T, n), (d, h) = X.shape[:2], W_xh.shape
     plan = planning.plan(
-        T=T, n=n, d=d, h=h, dtype=dtype_name(dtype), device=engine.limits, kernel=kernel
+        T=T,
+        n=n,
+        d=d,
+        h=h,
+        dtype=dtype_name(dtype),
+        device=engine.limits,
+        kernel=kernel,
+        precision=precision,
     )
     with engine.here():
         states = xp.empty((T + 1, n, h), dtype)
@@ -85,9 +97,45 @@ def _recurrence(
         flat = (Z.reshape(-1), states.reshape(-1), W_hh, b_h)
         engine.launch(spec, plan.grid, plan.block, flat, [(T, n)], plan.shared)
         return
+    if plan.kernel == "group":
+        spec = _spec("group_forward", plan.tile, activation, W_hh.dtype, exchange=plan.exchange)
+        _launch_groups(engine, plan, spec, [Z.reshape(-1), states.reshape(-1), W_hh, b_h], (), T, n)
+        return
     spec = _spec("step_forward", SIDE, activation, W_hh.dtype)
     arrays = (Z, states, W_hh, b_h)
     engine.launch(spec, plan.grid, plan.block, arrays, ((t,) for t in range(T)))
+
+
+def _launch_groups(
+    engine: Engine,
+    plan: Plan,
+    spec: KernelSpec,
+    arrays: Sequence[Array],
+    last: Sequence[Array],
+    T: int,
+    n: int,
+) -> None:
+    """Launch a group kernel, several times where the grid does not own all rows of the batch.
+
+    ``last`` are the arrays behind the scratch and the report.
+    """
+    assert isinstance(plan.tile, Share | TensorShare)
+    engine.check_reports()
+    rows = plan.grid[0] // plan.tile.blocks * plan.tile.slice_rows
+    starts = range(0, n, rows)
+    words = engine.xp.zeros((len(starts), scratch_words(plan)), np.uint64)
+    report = engine.report(plan.grid[0])
+    for i, row_0 in enumerate(starts):
+        engine.launch(
+            spec,
+            plan.grid,
+            plan.block,
+            (*arrays, words[i], report, *last),
+            [(T, n, row_0, engine.patience)],
+            plan.shared,
+            cluster=plan.cluster,
+            cooperative=plan.cooperative,
+        )
 
 
 def _input_product(engine: Engine, X: Array, W_xh: Array, Z: Array) -> None:
@@ -130,6 +178,17 @@ def rnn_backward(
             spec = _spec("resident_backward", plan.tile, activation, dtype, scaled=scaled)
             flat = [dH.reshape(-1), A.reshape(-1), grads.reshape(-1), *weights]
             engine.launch(spec, plan.grid, plan.block, flat, [(T, n)], plan.shared)
+        elif plan.kernel == "group":
+            spec = _spec(
+                "group_backward",
+                plan.tile,
+                activation,
+                dtype,
+                scaled=scaled,
+                exchange=plan.exchange,
+            )
+            flat = [dH.reshape(-1), A.reshape(-1), grads.reshape(-1), W_hh]
+            _launch_groups(engine, plan, spec, flat, weights[1:], T, n)
         else:
             arrays = [dH, A, grads, *weights]
             spec = _spec("step_backward", SIDE, activation, dtype, scaled=scaled)
@@ -215,10 +274,16 @@ def linear_backward(engine: Engine, dO: Array, H: Array, W_hq: Array) -> tuple[A
 
 
 def _spec(
-    kind: Kind, sizes: Any, activation: AnyActivation, dtype: Any, *, scaled: bool = False
+    kind: Kind,
+    sizes: Any,
+    activation: AnyActivation,
+    dtype: Any,
+    *,
+    scaled: bool = False,
+    exchange: str | None = None,
 ) -> KernelSpec:
     key = activation if isinstance(activation, Activation) else activation.name
-    return KernelSpec(kind, sizes, key, dtype_name(dtype), scaled)
+    return KernelSpec(kind, sizes, key, dtype_name(dtype), scaled, exchange)
 
 
 def _product(engine: Engine, A: Array, B: Array) -> Array:

@@ -14,7 +14,8 @@ def plan(
     h: int,
     dtype: str = "float32",
     device: planning.Limits | str | int | None = None,
-    kernel: str | None = None,
+    kernel: str | planning.Group | None = None,
+    precision: str = "ieee",
 ) -> planning.Plan:
     """Say which kernel ``functional.rnn_forward`` and ``rnn_backward`` would run, and why.
 
@@ -28,7 +29,7 @@ def plan(
         device: a GPU by name ("A100", "H100", "H200": none need be there), by its CUDA index, or a
             ``gpurnn.planning.Limits``; None is the one that would be used now: that of the
             ``emulated()`` around, else CuPy's current device.
-        kernel: as in ``rnn_forward``.
+        kernel, precision: as in ``rnn_forward``.
 
     Raises:
         TypeError, ValueError: an argument is out of range, the kernel named cannot hold h, or the
@@ -44,7 +45,9 @@ def plan(
         limits = limits_of(device)
     else:
         limits = planning.limits("device", device)
-    return planning.plan(T=T, n=n, d=d, h=h, dtype=dtype, device=limits, kernel=kernel)
+    return planning.plan(
+        T=T, n=n, d=d, h=h, dtype=dtype, device=limits, kernel=kernel, precision=precision
+    )
 
 
 def _current() -> int:

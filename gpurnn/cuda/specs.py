@@ -10,7 +10,7 @@ from typing import Literal
 
 from gpurnn.activation import Activation
 from gpurnn.compiler import ArraySpec
-from gpurnn.tile import Tile
+from gpurnn.tile import Share, TensorShare, Tile
 
 __all__ = ["MOST_KEPT", "KernelSpec", "Kind", "build", "signature"]
 
@@ -20,10 +20,14 @@ MOST_KEPT = 1024
 REAL = {"float32": "float32", "float64": "float64", "float16": "float32", "bfloat16": "float32"}
 STORED = {"float32": "float32", "float64": "float64", "float16": "uint16", "bfloat16": "uint16"}
 
-# Axes of each array argument in its order; "i" stands for an integer.
+# Axes of each array argument in its order; "i" stands for an integer, "words" and "report" for the
+# flat arrays of integers that a group kernel wants beside.
+BESIDE = {"words": "uint64", "report": "uint32"}
 ARGUMENTS: dict[str, tuple[int | str, ...]] = {
     "resident_forward": (1, 1, 2, 1, "i", "i"),
     "resident_backward": (1, 1, 1, 2, "i", "i"),
+    "group_forward": (1, 1, 2, 1, "words", "report", "i", "i", "i", "i"),
+    "group_backward": (1, 1, 1, 2, "words", "report", "i", "i", "i", "i"),
     "step_forward": (3, 3, 2, 1, "i"),
     "step_concatenated": (3, 3, 3, 2, 2, 1, "i"),
     "step_backward": (3, 3, 3, 2, "i"),
@@ -35,6 +39,8 @@ ARGUMENTS: dict[str, tuple[int | str, ...]] = {
 Kind = Literal[
     "resident_forward",
     "resident_backward",
+    "group_forward",
+    "group_backward",
     "step_forward",
     "step_concatenated",
     "step_backward",
@@ -47,20 +53,22 @@ Kind = Literal[
 class KernelSpec:
     """A kernel, and what it is compiled for.
 
-    ``kind`` is a key of ``ARGUMENTS``. ``sizes`` is the tile of a resident kernel, the side of a
-    tiled one, None for ``layer_backward``. ``scaled`` backward kernels take ξ as well.
+    ``kind`` is a key of ``ARGUMENTS``. ``sizes`` is the tile of a resident kernel, the share of a
+    group kernel, the side of a tiled one, None for ``layer_backward``. ``scaled`` backward kernels
+    take ξ as well. ``exchange`` is that of a group kernel.
     """
 
     kind: Kind
-    sizes: Tile | int | None
+    sizes: Tile | Share | TensorShare | int | None
     activation: str | Activation
     dtype: str
     scaled: bool = False
+    exchange: str | None = None
 
     @property
     def threads(self) -> int:
         """Threads of its blocks, at most."""
-        if isinstance(self.sizes, Tile):
+        if isinstance(self.sizes, Tile | Share | TensorShare):
             return self.sizes.threads
         return 256 if self.sizes is None else self.sizes**2
 
@@ -73,9 +81,14 @@ class KernelSpec:
 def signature(spec: KernelSpec) -> tuple[ArraySpec | None, ...]:
     """Return the types of the kernel's arguments."""
     stored = STORED[spec.dtype]
-    arguments = [
-        None if axes == "i" else ArraySpec(stored, int(axes)) for axes in ARGUMENTS[spec.kind]
-    ]
+    arguments: list[ArraySpec | None] = []
+    for axes in ARGUMENTS[spec.kind]:
+        if axes == "i":
+            arguments.append(None)
+        elif isinstance(axes, str):
+            arguments.append(ArraySpec(BESIDE[axes], 1))
+        else:
+            arguments.append(ArraySpec(stored, axes))
     if spec.scaled:  # after the other arrays, before the integers
         arguments.insert(arguments.index(None), ArraySpec(REAL[spec.dtype], 1))
     return tuple(arguments)
@@ -86,7 +99,7 @@ def build(spec: KernelSpec) -> Callable[..., None]:
     """Return the kernel's Python function."""
     from numba.cuda import types
 
-    from gpurnn.kernels import activations, layer, resident, step
+    from gpurnn.kernels import activations, group, layer, resident, step
     from gpurnn.kernels.storage import STORAGES
 
     storage = STORAGES[spec.dtype]
@@ -103,6 +116,10 @@ def build(spec: KernelSpec) -> Callable[..., None]:
             made = resident.forward(sizes, pair, storage)
         case "resident_backward":
             made = resident.backward(sizes, pair, storage, scaled=spec.scaled)
+        case "group_forward":
+            made = group.forward(sizes, pair, storage, spec.exchange)
+        case "group_backward":
+            made = group.backward(sizes, pair, storage, spec.exchange, scaled=spec.scaled)
         case "step_forward":
             made = step.forward(sizes, pair, storage)
         case "step_concatenated":

@@ -1,0 +1,6 @@
+def launch(*a, **k):
+    raise NotImplementedError
+
+
+def allow_clusters(f, c):
+    pass

@@ -1,0 +1,65 @@
+"""Where blocks report that they waited for another block in vain.
+
+The report lies in host memory that the GPU writes to directly: to look at it means to wait for
+nothing. A block writes only when it gives up, so launches on all streams of a device share one.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["MOST_BLOCKS", "Mapped", "check", "mapped"]
+
+MOST_BLOCKS = 1 << 16
+"""Blocks that have a place of their own; grids are far smaller."""
+
+
+class Mapped:
+    """The report of one device: ``words`` as the host sees them, ``array`` as kernels take it."""
+
+    def __init__(self, memory: Any, blocks: int):
+        self.memory = memory  # kept alive
+        self.words: NDArray[np.uint32] = np.frombuffer(memory, np.uint32, blocks)
+        self.words[:] = 0
+        self.array = SimpleNamespace(
+            shape=(blocks,), itemsize=4, data=SimpleNamespace(ptr=memory.ptr)
+        )
+
+
+_mapped: dict[int, Mapped] = {}
+
+
+def mapped(cupy: Any, device: int, blocks: int) -> Mapped:
+    """Return the report of a device, made when it is first asked for.
+
+    Raises:
+        ValueError: there are more blocks than it has room for.
+    """
+    if blocks > MOST_BLOCKS:
+        raise ValueError(f"a grid of {blocks:,} blocks: expected at most {MOST_BLOCKS:,}")
+    if device not in _mapped:
+        _mapped[device] = Mapped(cupy.cuda.alloc_pinned_memory(4 * MOST_BLOCKS), MOST_BLOCKS)
+    return _mapped[device]
+
+
+def check(device: int) -> None:
+    """Raise if a block of an earlier launch on the device reported, and forget what it said.
+
+    Raises:
+        RuntimeError: the message says which block, and which exchange of its launch.
+    """
+    report = _mapped.get(device)
+    if report is None or not report.words.any():
+        return
+    blocks = np.flatnonzero(report.words)
+    first = int(blocks[0])
+    step = int(report.words[first])
+    report.words[:] = 0
+    raise RuntimeError(
+        f"a group kernel on CUDA device {device} gave up: block {first} waited in vain for the "
+        f"others at exchange {step} of its sequence, and so did {len(blocks) - 1} more; what it "
+        "computed after that is NaN. All blocks of a launch must run at once: another program on "
+        "this GPU, or a debugger, may have kept some of them from it"
+    )
