@@ -31,7 +31,7 @@ __all__ = [
     "tiled_grid",
 ]
 
-KERNELS = ("step", "resident", "concatenated")
+KERNELS = ("step", "resident", "concatenated", "gemm")
 """Kernels that ``kernel=`` may name."""
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
@@ -41,6 +41,13 @@ MOST_THREADS = 256  # of a resident block: beyond that a thread has fewer than 2
 STATIC_SHARED = 48 * 1024  # bytes a kernel may declare
 MOST_GRID_Y = 65_535
 MOST_ROWS = 2**31  # indices of steps and rows are 32-bit, and so are cuBLAS's sizes
+
+# Of the steps that are captured together. A graph works on memory of its own, so that it may be
+# kept: copies of W_hh and of so many steps. What is larger takes longer than its launches do.
+CHUNK = 32  # steps, at most
+LEAST_CHUNK = 4  # for fewer no graph is worth it
+CHUNK_BYTES = 8 << 20  # of each copied array
+COPIED_WEIGHTS = 64 << 20  # bytes of W_hh
 
 # Of a resident step, in cycles.
 LATENCY = 250.0  # shared loads, the sum over lanes, φ, one barrier
@@ -95,6 +102,8 @@ class Plan:
 
     ``grid`` counts blocks, ``block`` threads (x, y, z); ``shared`` is dynamic shared memory, bytes.
     ``launches`` are those of the forward pass. ``tile`` is the resident kernel's, None for others.
+    ``chunk`` is the steps of a gemm graph, at most; with 0 nothing is captured. Of gemm ``grid``
+    and ``block`` are those of what follows the product.
     """
 
     kernel: str
@@ -104,12 +113,14 @@ class Plan:
     launches: int
     tile: Tile | None
     why: tuple[str, ...]
+    chunk: int = 0
 
     def __str__(self) -> str:
         threads = math.prod(self.block)
         blocks = math.prod(self.grid)
+        graph = "graph " if self.chunk else ""
         first = (
-            f"{self.kernel}: {_count(self.launches, 'launch', 'launches')} of "
+            f"{self.kernel}: {_count(self.launches, f'{graph}launch', f'{graph}launches')} of "
             f"{_count(blocks, 'block')} × {_count(threads, 'thread')}, "
             f"{self.shared:,} bytes of dynamic shared memory"
         )
@@ -134,7 +145,7 @@ def plan(
         dtype: "float32", "float64", "float16" or "bfloat16", of the arrays; half types are
             multiplied and summed as float32.
         device: what the GPU can hold.
-        kernel: "step", "resident" or "concatenated" to have that one; None chooses.
+        kernel: "step", "resident", "concatenated" or "gemm" to have that one; None chooses.
 
     Raises:
         ValueError: the kernel named cannot hold this shape; the message says what would.
@@ -167,6 +178,8 @@ def _plan(T: int, n: int, h: int, dtype: str, device: Limits, kernel: str | None
     resident = min(candidates, key=lambda c: c[0])[1] if candidates else None
     if kernel in ("step", "concatenated"):
         return _step_plan(T, n, h, device, kernel, "asked for by name")
+    if kernel == "gemm":
+        return _gemm_plan(T, n, h, dtype, "asked for by name")
     if kernel == "resident":
         if resident is None:
             raise ValueError(
@@ -178,7 +191,7 @@ def _plan(T: int, n: int, h: int, dtype: str, device: Limits, kernel: str | None
     if resident is not None:
         return resident
     why = f"W_hh ({h}, {h}) of {dtype} is more than one block can hold"
-    return _step_plan(T, n, h, device, "step", why)
+    return _gemm_plan(T, n, h, dtype, why)
 
 
 @lru_cache(maxsize=64)
@@ -302,6 +315,30 @@ def _step_plan(T: int, n: int, h: int, device: Limits, kernel: str, why: str) ->
         "a launch for each step",
     )
     return Plan(kernel, tiled_grid(n, h), (SIDE, SIDE, 1), 0, T, None, reasons)
+
+
+def _gemm_plan(T: int, n: int, h: int, dtype: str, why: str) -> Plan:
+    chunk = _chunk(n, h, dtype)
+    if chunk:
+        launches = T // chunk + (T % chunk).bit_count()
+        how = (
+            f"up to {chunk} steps a launch, as CUDA graphs that are captured once for n = {n} and "
+            f"h = {h}; what is left of T in powers of two"
+        )
+    else:
+        launches = 2 * T
+        how = "two launches a step: it takes longer than they do, and too much memory for a graph"
+    reasons = (why, "in each step a product by cuBLAS, then bias and φ in one kernel", how)
+    return Plan("gemm", tiled_grid(n, h), (SIDE, SIDE, 1), 0, launches, None, reasons, chunk)
+
+
+def _chunk(n: int, h: int, dtype: str) -> int:
+    """Return the steps that are captured together, a power of two, or 0."""
+    size = {"float32": 4, "float64": 8}.get(dtype, 2)
+    if h * h * size > COPIED_WEIGHTS:
+        return 0
+    most = min(CHUNK, CHUNK_BYTES // max(1, n * h * size))
+    return 1 << (most.bit_length() - 1) if most >= LEAST_CHUNK else 0
 
 
 def tiled_grid(rows: int, columns: int) -> tuple[int, int, int]:
