@@ -122,6 +122,8 @@ def table() -> dict[str, Any]:
     return found
 
 
+POINTWISE = ("layer_backward", "tail_forward", "tail_backward")
+
 FORWARD: Kind = "resident_forward"
 BACKWARD: Kind = "resident_backward"
 
@@ -157,6 +159,8 @@ def _cases() -> Iterator[Case]:
     yield from _resident(both, "float32", 128, (1,), activation=SILU, core=True)
     for kind in ("step_forward", "step_backward"):
         yield Case(KernelSpec(kind, planning.SIDE, "tanh", "float32"), SM_90, core=True)
+    for kind in ("tail_forward", "tail_backward"):
+        yield Case(KernelSpec(kind, None, "tanh", "float32"), SM_90, core=True)
     # Every way of sharing out W_hh. Backward kernels hold most; 144 and 200 are shared out like 129
     # and 224, but for the padding.
     for h in (32, 64, 128, 129, 144, 191, 200, 224, 256):
@@ -189,14 +193,18 @@ def _cases() -> Iterator[Case]:
         "step_backward",
         "layer_forward",
         "layer_backward",
+        "tail_forward",
+        "tail_backward",
     )
     for kind in kinds:
         for dtype in planning.DTYPES:
-            side = None if kind == "layer_backward" else planning.SIDE
+            side = None if kind in POINTWISE else planning.SIDE
             targets = each if dtype == "float32" else (SM_90,)
             for target in targets:
                 yield Case(KernelSpec(kind, side, "tanh", dtype), target, core=False)
     yield Case(KernelSpec("step_backward", planning.SIDE, "tanh", "float32", True), SM_90, False)
+    yield Case(KernelSpec("tail_backward", None, "tanh", "float32", True), SM_90, False)
+    yield Case(KernelSpec("tail_forward", None, SILU, "float32"), SM_90, False)
     yield from _resident(both, "float32", 128, (1,), (SM_100,))
     yield from _resident(both, "float32", 224, (4,), (SM_100,))
     yield from _resident((BACKWARD,), "float64", 64, (1,), (SM_100,))

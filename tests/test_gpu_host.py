@@ -17,7 +17,7 @@ from tolerance import assert_same_bits
 import gpurnn
 from gpurnn import functional as F
 from gpurnn import planning
-from gpurnn.cuda import engines, operations
+from gpurnn.cuda import engines
 from gpurnn.cuda.specs import KernelSpec
 
 ODD = next(case for case in SMALL if case.name == "odd")
@@ -26,8 +26,7 @@ ODD = next(case for case in SMALL if case.name == "odd")
 @pytest.fixture
 def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[fake_cupy.FakeCuPy]:
     yield fake_cupy.install(monkeypatch)
-    for cached in (engines.cupy, engines.limits_of, engines._function, operations._kept):
-        cached.cache_clear()
+    fake_cupy.clear()
 
 
 def run(arguments: Any, dH: Any, kernel: str | None = None, xi: Any = None) -> dict[str, Any]:

@@ -21,10 +21,11 @@ __all__ = ["compile_ahead", "compile_runs", "specs_of"]
 
 MOST_PROCESSES = 12
 
-KINDS: dict[str, tuple[Kind, Kind]] = {
+KINDS: dict[str, tuple[Kind, ...]] = {
     "resident": ("resident_forward", "resident_backward"),
     "step": ("step_forward", "step_backward"),
     "concatenated": ("step_concatenated", "step_backward"),
+    "gemm": ("tail_forward", "layer_backward", "tail_backward"),
 }
 
 
@@ -33,7 +34,7 @@ def specs_of(
 ) -> list[KernelSpec]:
     """Return the kernels that a pass with tanh takes, forward and backward."""
     plan = planning.plan(**vars(shape), dtype=dtype, device=device, kernel=kernel)
-    sizes = plan.tile or planning.SIDE
+    sizes = None if plan.kernel == "gemm" else plan.tile or planning.SIDE
     return [KernelSpec(kind, sizes, "tanh", dtype) for kind in KINDS[plan.kernel]]
 
 

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-import numpy as np
-
 from gpurnn import planning
 from gpurnn.activation import Activation, AnyActivation
+from gpurnn.cuda import gemm
 from gpurnn.cuda.engines import Array, Engine
 from gpurnn.cuda.specs import REAL, KernelSpec, Kind
 from gpurnn.planning import SIDE, Group, Plan, dtype_name, scratch_words
@@ -101,6 +100,11 @@ def _recurrence(
         spec = _spec("group_forward", plan.tile, activation, W_hh.dtype, exchange=plan.exchange)
         _launch_groups(engine, plan, spec, [Z.reshape(-1), states.reshape(-1), W_hh, b_h], (), T, n)
         return
+    if plan.kernel == "gemm":
+        spec = _spec("tail_forward", None, activation, W_hh.dtype)
+        keeps_z = not activation.of_output
+        gemm.forward(engine, plan, spec, Z, states, W_hh, b_h, keeps_z=keeps_z)
+        return
     spec = _spec("step_forward", SIDE, activation, W_hh.dtype)
     arrays = (Z, states, W_hh, b_h)
     engine.launch(spec, plan.grid, plan.block, arrays, ((t,) for t in range(T)))
@@ -123,7 +127,7 @@ def _launch_groups(
     engine.check_reports()
     rows = plan.grid[0] // plan.tile.blocks * plan.tile.slice_rows
     starts = range(0, n, rows)
-    words = engine.xp.zeros((len(starts), scratch_words(plan)), np.uint64)
+    words = engine.scratch((len(starts), scratch_words(plan)))
     report = engine.report(plan.grid[0])
     for i, row_0 in enumerate(starts):
         engine.launch(
@@ -189,6 +193,10 @@ def rnn_backward(
             )
             flat = [dH.reshape(-1), A.reshape(-1), grads.reshape(-1), W_hh]
             _launch_groups(engine, plan, spec, flat, weights[1:], T, n)
+        elif plan.kernel == "gemm":
+            _times_slope(engine, dH[-1], A[-1], grads[T], activation)
+            spec = _spec("tail_backward", None, activation, dtype, scaled=scaled)
+            gemm.backward(engine, plan, spec, dH, A, grads, *weights)
         else:
             arrays = [dH, A, grads, *weights]
             spec = _spec("step_backward", SIDE, activation, dtype, scaled=scaled)
@@ -240,14 +248,18 @@ def hidden_layer_backward(
     with engine.here():
         dZ = engine.xp.empty_like(H)
         if H.size:
-            A = H if Z is None else Z
-            engine.launch(
-                _spec("layer_backward", None, activation, H.dtype),
-                (-(-H.size // POINTWISE_THREADS), 1, 1),
-                (POINTWISE_THREADS, 1, 1),
-                (dH.reshape(-1), A.reshape(-1), dZ.reshape(-1)),
-            )
+            _times_slope(engine, dH, H if Z is None else Z, dZ, activation)
         return linear_backward(engine, dZ, X, W_xh)
+
+
+def _times_slope(engine: Engine, dH: Array, A: Array, dZ: Array, activation: AnyActivation) -> None:
+    """dZ = dH φ′, of arrays of any one shape."""
+    engine.launch(
+        _spec("layer_backward", None, activation, dZ.dtype),
+        (-(-dZ.size // POINTWISE_THREADS), 1, 1),
+        (POINTWISE_THREADS, 1, 1),
+        (dH.reshape(-1), A.reshape(-1), dZ.reshape(-1)),
+    )
 
 
 def linear(engine: Engine, H: Array, W_hq: Array, b_q: Array | None) -> Array:

@@ -4,19 +4,19 @@ from dataclasses import replace
 from functools import lru_cache
 
 from gpurnn import tuned
+from gpurnn.planning.gemm import gemm_plan
 from gpurnn.planning.group import Group, group_plans, why_no_group
 from gpurnn.planning.limits import Limits
-from gpurnn.planning.plans import DTYPES, PRECISIONS, SIDE, Plan, tiled_grid
+from gpurnn.planning.plans import DTYPES, MOST_ROWS, PRECISIONS, SIDE, Plan, tiled_grid
 from gpurnn.planning.resident import largest_resident, resident_plans
 
 __all__ = ["KERNELS", "plan"]
 
-KERNELS = ("step", "resident", "group", "concatenated")
+KERNELS = ("step", "resident", "group", "concatenated", "gemm")
 """Kernels that ``kernel=`` may name."""
 
 IEEE_ONLY = ("step", "resident", "concatenated")
 TENSOR_CORES = (8, 0)  # compute capability from which on there is mma for bfloat16 and TF32
-MOST_ROWS = 2**31  # indices of steps and rows are 32-bit, and so are cuBLAS's sizes
 
 WORTH_A_GROUP = 0.8
 """A group must promise so much of the resident kernel's time, or less: its model is the rougher."""
@@ -84,7 +84,7 @@ def plan(
     if precision == "tf32" and kernel in IEEE_ONLY:
         raise ValueError(
             f"precision is 'tf32' and kernel {kernel!r}, which multiplies as IEEE float32 does: "
-            "expected kernel 'group', or 'ieee'"
+            "expected kernel 'group' or 'gemm', or 'ieee'"
         )
     return _plan(T, n, h, dtype, device, kernel, precision)
 
@@ -101,6 +101,8 @@ def _plan(
 ) -> Plan:
     if kernel in ("step", "concatenated"):
         return _step_plan(T, n, h, device, str(kernel), "asked for by name")
+    if kernel == "gemm":
+        return gemm_plan(T, n, h, dtype, precision, device, "asked for by name")[1]
     if kernel == "resident":
         return _resident(n, h, dtype, device)
     if kernel == "group" or isinstance(kernel, Group):
@@ -111,13 +113,13 @@ def _plan(
         return replace(found, why=("the fastest measured on this GPU, by its table", *found.why))
     found = list(group_plans(n, h, dtype, precision, device, Group()))
     if precision == "ieee":
-        found += [
-            (cost * WORTH_A_GROUP, plan) for cost, plan in resident_plans(n, h, dtype, device)
-        ]
+        resident = resident_plans(n, h, dtype, device)
+        found += [(cost * WORTH_A_GROUP, plan) for cost, plan in resident]
+    why = f"W_hh ({h}, {h}) of {dtype} is more than blocks of {device.name} hold at once"
     if found:
-        return min(found, key=lambda candidate: candidate[0])[1]
-    why = f"W_hh ({h}, {h}) of {dtype} is more than the blocks of {device.name} can hold"
-    return _step_plan(T, n, h, device, "step", why)
+        why = f"W_hh ({h}, {h}) times {n} rows is more than blocks that hold it take less time for"
+    found.append(gemm_plan(T, n, h, dtype, precision, device, why))
+    return min(found, key=lambda candidate: candidate[0])[1]
 
 
 def _named(choice: tuned.Choice) -> str | Group:
@@ -132,7 +134,7 @@ def _resident(n: int, h: int, dtype: str, device: Limits) -> Plan:
         raise ValueError(
             f"kernel is 'resident', h is {h}, dtype {dtype}: one block of {device.name} holds "
             f"W_hh up to h = {largest_resident(dtype, device)}; expected a smaller h, or "
-            "kernel 'group' or 'step'"
+            "kernel 'group' or 'gemm'"
         )
     return min(candidates, key=lambda candidate: candidate[0])[1]
 

@@ -20,6 +20,7 @@ EXCHANGES = ("cluster", "flags", "counter")
 
 BLOCKS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128)
 """Sizes of a group that are looked at where none is asked for."""
+WAVES = (1, 2, 3, 4, 8)
 CLUSTERS = (2, 4, 8, 16)
 PART_OF_CHIP = 16  # multiprocessors within which a cluster lies
 MOST_BLOCK_THREADS = 512
@@ -86,10 +87,10 @@ def group_plans(
             at_once = _groups_at_once(blocks, exchange, device)
             if at_once == 0:
                 continue
-            rows = min(max(1, n), wish.rows or -(-max(1, n) // at_once))
-            for share in _shares(h, blocks, rows, dtype, precision):
-                if share.shared_bytes <= device.shared_per_block:
-                    found.append(_plan(n, share, exchange, at_once, device))
+            for rows in _rows(n, at_once) if wish.rows is None else (wish.rows,):
+                for share in _shares(h, blocks, rows, dtype, precision):
+                    if share.shared_bytes <= device.shared_per_block:
+                        found.append(_plan(n, share, exchange, at_once, device))
     return tuple(found)
 
 
@@ -154,6 +155,11 @@ def _groups_at_once(blocks: int, exchange: str, device: Limits) -> int:
     if exchange == "cluster" and blocks > 2:
         return max(1, device.multiprocessors // PART_OF_CHIP * PART_OF_CHIP // blocks)
     return device.multiprocessors // blocks
+
+
+def _rows(n: int, at_once: int) -> tuple[int, ...]:
+    """Return how many rows of the batch a group might own: all of them are done in a few waves."""
+    return tuple({-(-max(1, n) // (at_once * waves)): None for waves in WAVES})
 
 
 def _shares(
@@ -255,8 +261,14 @@ def _plan(
         why,
         exchange=exchange,
         cluster=share.blocks if clusters else 1,
+        precision=precision_of(share),
     )
     return waves * step, plan
+
+
+def precision_of(share: Share | TensorShare) -> str:
+    """Return the precision that a share multiplies float32 in."""
+    return "tf32" if isinstance(share, TensorShare) and share.kind == "tf32" else "ieee"
 
 
 def _all_in_registers(share: Share | TensorShare) -> bool:
