@@ -45,7 +45,7 @@ MOST_ROWS = 2**31  # indices of steps and rows are 32-bit, and so are cuBLAS's s
 # Of the steps that are captured together. A graph works on memory of its own, so that it may be
 # kept: copies of W_hh and of so many steps. What is larger takes longer than its launches do.
 CHUNK = 32  # steps, at most
-LEAST_CHUNK = 4  # for fewer no graph is worth it
+LEAST_CHUNK = 4  # for fewer no graph is worth the copies
 CHUNK_BYTES = 8 << 20  # of each copied array
 COPIED_WEIGHTS = 64 << 20  # bytes of W_hh
 
@@ -318,7 +318,7 @@ def _step_plan(T: int, n: int, h: int, device: Limits, kernel: str, why: str) ->
 
 
 def _gemm_plan(T: int, n: int, h: int, dtype: str, why: str) -> Plan:
-    chunk = _chunk(n, h, dtype)
+    chunk = _chunk(n, h, dtype) if T >= LEAST_CHUNK else 0
     if chunk:
         launches = T // chunk + (T % chunk).bit_count()
         how = (
@@ -327,7 +327,8 @@ def _gemm_plan(T: int, n: int, h: int, dtype: str, why: str) -> Plan:
         )
     else:
         launches = 2 * T
-        how = "two launches a step: it takes longer than they do, and too much memory for a graph"
+        reason = "a step is long against them, and large for a graph's own memory"
+        how = f"two launches a step: {reason if T >= LEAST_CHUNK else 'too few for a graph'}"
     reasons = (why, "in each step a product by cuBLAS, then bias and φ in one kernel", how)
     return Plan("gemm", tiled_grid(n, h), (SIDE, SIDE, 1), 0, launches, None, reasons, chunk)
 
