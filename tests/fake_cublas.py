@@ -38,17 +38,18 @@ class FakeCuBLAS:
         self.streams: dict[int, int] = {}
         self.workspaces: dict[int, tuple[int, int] | None] = {}
         self.modes: dict[int, int] = {}
-        self.cublasCreate_v2 = self._function(self._create, ctypes.POINTER(P))
-        self.cublasSetStream_v2 = self._function(self._set_stream, P, P)
-        self.cublasSetWorkspace_v2 = self._function(self._set_workspace, P, P, ctypes.c_size_t)
-        self.cublasSetMathMode = self._function(self._set_math_mode, P, I)
-        self.cublasGemmEx = self._function(
-            self._gemm, *(P, I, I, I, I, I, P, P, I, I, P, I, I, P, P, I, I, I, I)
-        )
+        matrix = (P, I, I)
+        functions = {
+            "cublasCreate_v2": (self._create, ctypes.POINTER(P)),
+            "cublasSetStream_v2": (self._set_stream, P, P),
+            "cublasSetWorkspace_v2": (self._set_workspace, P, P, ctypes.c_size_t),
+            "cublasSetMathMode": (self._set_math_mode, P, I),
+            "cublasGemmEx": (self._gemm, P, *5 * (I,), P, *matrix, *matrix, P, *matrix, I, I),
+        }
+        for name, (does, *arguments) in functions.items():
+            setattr(self, name, self._function(name, does, *arguments))
 
-    def _function(self, does: Callable[..., int], *arguments: Any) -> Any:
-        name = "cublas" + "".join(part.capitalize() for part in does.__name__.split("_"))
-
+    def _function(self, name: str, does: Callable[..., int], *arguments: Any) -> Any:
         def called(*given: Any) -> int:
             self.calls.append((name, given))
             if name in self.statuses:

@@ -237,6 +237,7 @@ class FakeCuPy(types.ModuleType):
         self.invalid = False  # whether captures come to nothing
         self.made = 0
         self.memory: list[tuple[weakref.ref[Any], int, int]] = []
+        self.pool: list[Any] | None = None  # a list is a pool that gives nothing out twice
         self.ndarray = Array
         self.stream_stack = [Stream(self, ptr=0)]
         self.cublas = FakeCuBLAS(self)
@@ -296,6 +297,8 @@ class FakeCuPy(types.ModuleType):
         array = owner[begin : begin + a.nbytes].view(a.dtype).reshape(a.shape).view(Array)
         array[...] = a
         array._device = FakeCuPy.current
+        if self.pool is not None:
+            self.pool.append(owner)
         self.memory.append((weakref.ref(owner), array.ctypes.data, a.nbytes))
         return array
 

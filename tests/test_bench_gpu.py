@@ -327,7 +327,7 @@ class Watching(RecordingEngine):
         super().launch(spec, *rest, **more)
 
 
-@pytest.mark.parametrize("kernel", ["step", "concatenated", "resident"])
+@pytest.mark.parametrize("kernel", ["step", "concatenated", "resident", "gemm"])
 def test_kernels_compiled_ahead_are_those_that_run(engine: Engine, kernel: str) -> None:
     watching = Watching(engine)
     watching.seen = set()
