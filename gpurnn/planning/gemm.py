@@ -19,6 +19,7 @@ COPIES = 0.25  # of a node: what copying in and out adds to each step of a chunk
 FLOPS_A_CYCLE = {"float64": 128.0, "ieee": 256.0, "tf32": 2048.0, "half": 4096.0}
 UTILISATION = 0.5
 L2_BYTES_A_CYCLE = 3_000.0
+PASSES = 5  # over (n, h) numbers beside the product; a graph's copies are as many again
 
 
 def gemm_plan(
@@ -65,6 +66,8 @@ def _step_ns(
     rate = FLOPS_A_CYCLE[kind] * device.multiprocessors * UTILISATION
     rows = -(-max(1, n) // 16) * 16  # a tile is not narrower
     cycles = max(2 * rows * h * h / rate, h * h * itemsize(dtype) / L2_BYTES_A_CYCLE)
+    passes = PASSES * (2 if in_graph else 1)
+    cycles += passes * n * h * itemsize(dtype) / L2_BYTES_A_CYCLE
     return (2 + (COPIES if in_graph else 0)) * node + cycles / device.clock_ghz
 
 
