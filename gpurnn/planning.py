@@ -19,6 +19,7 @@ __all__ = [
     "DEVICES",
     "DTYPES",
     "KERNELS",
+    "MOST_ROWS",
     "SIDE",
     "Limits",
     "Plan",
