@@ -62,7 +62,6 @@ def backward(
     """
     T, dtype = len(dH), dH.dtype
     real = np.dtype(np.float32) if dtype.itemsize == 2 else dtype
-    every = min(every, max(T, 1))
 
     def segment(start: int, carried: Array | None) -> Gradients:
         part = slice(start, min(start + every, T))

@@ -60,6 +60,10 @@ class Array(np.ndarray):  # type: ignore[type-arg]
         self._here()
         return super().astype(*a, **k)
 
+    def copy(self, *a: Any, **k: Any) -> Any:
+        self._here()
+        return super().copy(*a, **k)
+
     def fill(self, value: Any) -> None:
         self._here()
         super().fill(value)

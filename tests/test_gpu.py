@@ -32,6 +32,10 @@ KERNELS = ("resident", "step", "concatenated")
 PRIME = next(case for case in SMALL if case.name == "prime")
 HALF_CASES = [c for c in CASES if c.name in ("odd", "prime", "past-32", "past-64-one-row")]
 
+LEAKY = Activation(
+    lambda z: 0.9 * math.tanh(z) + 0.1 * z, lambda z: 1 - 0.9 * math.tanh(z) ** 2, name="leaky"
+)  # φ′ is a function of the pre-activation
+
 each_kernel = pytest.mark.parametrize("kernel", KERNELS)
 each_dtype = pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["float32", "float64"])
 
@@ -84,9 +88,7 @@ def test_own_activation(gpu: GPU, kernel: str, of_output: bool) -> None:
     if of_output:
         own = Activation(lambda z: 2 * math.tanh(z), lambda y: 2 - y * y / 2, of_output=True)
     else:
-        own = Activation(
-            lambda z: 0.9 * math.tanh(z) + 0.1 * z, lambda z: 1 - 0.9 * math.tanh(z) ** 2
-        )
+        own = LEAKY
     assert_as_reference(gpu, PRIME, draw(PRIME, dtype=np.float32), own, kernel=kernel)
 
 
@@ -128,10 +130,10 @@ def assert_from_checkpoints(
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 7, 12])
-@pytest.mark.parametrize("activation", ["tanh", "softplus"])
+@pytest.mark.parametrize("activation", ["tanh", LEAKY], ids=str)
 @each_dtype
 @each_kernel
-def test_checkpoints(gpu: GPU, kernel: str, dtype: Any, activation: str, k: int) -> None:
+def test_checkpoints(gpu: GPU, kernel: str, dtype: Any, activation: Any, k: int) -> None:
     drawn = draw(PRIME, dtype=dtype)
     for by_id in (False, True) if kernel != "concatenated" else (False,):
         assert_from_checkpoints(gpu, PRIME, drawn, activation, kernel, by_id, k)
