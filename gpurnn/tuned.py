@@ -1,5 +1,7 @@
 """TEMP."""
+
 from dataclasses import dataclass
+
 
 @dataclass(frozen=True)
 class Latencies:
@@ -11,6 +13,7 @@ class Latencies:
     cluster: tuple[tuple[int, float], ...]
     measured: bool
 
+
 @dataclass(frozen=True)
 class Choice:
     kernel: str
@@ -18,8 +21,18 @@ class Choice:
     exchange: str | None = None
     rows: int | None = None
 
+
 def latencies(name: str, clock_ghz: float) -> Latencies:
-    return Latencies(2000., 150., 103., 350., ((2, 500.), (132, 700.)), ((2, 110.), (4, 120.), (8, 140.), (16, 170.)), False)
+    return Latencies(
+        2000.0,
+        150.0,
+        103.0,
+        350.0,
+        ((2, 500.0), (132, 700.0)),
+        ((2, 110.0), (4, 120.0), (8, 140.0), (16, 170.0)),
+        False,
+    )
+
 
 def choice(name, *, dtype, precision, n, h):
     return None

@@ -68,6 +68,10 @@ class Array(np.ndarray):  # type: ignore[type-arg]
         made = super().astype(*a, **k)
         return made if made is self else FakeCuPy.latest.new(made)
 
+    def copy(self, *a: Any, **k: Any) -> Any:
+        self._here()
+        return super().copy(*a, **k)
+
     def fill(self, value: Any) -> None:
         self._here()
         super().fill(value)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import ACTIVATIONS, CASES, EMPTY, SMALL, Case, draw, draw_off_kink
+from cases import ACTIVATIONS, CASES, EMPTY, SMALL, Case, Draw, draw, draw_off_kink
 from gpu_setup import (
     GPU,
     NAMES,
@@ -31,6 +31,10 @@ pytestmark = pytest.mark.gpu
 KERNELS = ("resident", "step", "concatenated")
 PRIME = next(case for case in SMALL if case.name == "prime")
 HALF_CASES = [c for c in CASES if c.name in ("odd", "prime", "past-32", "past-64-one-row")]
+
+LEAKY = Activation(
+    lambda z: 0.9 * math.tanh(z) + 0.1 * z, lambda z: 1 - 0.9 * math.tanh(z) ** 2, name="leaky"
+)  # φ′ is a function of the pre-activation
 
 each_kernel = pytest.mark.parametrize("kernel", KERNELS)
 each_dtype = pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["float32", "float64"])
@@ -84,9 +88,7 @@ def test_own_activation(gpu: GPU, kernel: str, of_output: bool) -> None:
     if of_output:
         own = Activation(lambda z: 2 * math.tanh(z), lambda y: 2 - y * y / 2, of_output=True)
     else:
-        own = Activation(
-            lambda z: 0.9 * math.tanh(z) + 0.1 * z, lambda z: 1 - 0.9 * math.tanh(z) ** 2
-        )
+        own = LEAKY
     assert_as_reference(gpu, PRIME, draw(PRIME, dtype=np.float32), own, kernel=kernel)
 
 
@@ -101,6 +103,86 @@ def test_truncation(gpu: GPU, kernel: str) -> None:
     found = F.rnn_backward(gpu.put(drawn.dH), residuals, xi=gpu.put(xi))
     for name, a, b in zip(NAMES[1:], found, truth, strict=True):
         assert_close(name, gpu.get(a), b, length=PRIME.length)  # type: ignore[arg-type]
+
+
+def assert_from_checkpoints(
+    gpu: GPU, case: Case, drawn: Draw, activation: Any, kernel: str, by_id: bool, k: int
+) -> None:
+    """Hold the gradients from every k-th state against the reference's by the tests' rule."""
+    truth = reference(drawn, activation, np.float64, by_id=by_id)
+    single = drawn.X.dtype == np.float32
+    baseline = reference(drawn, activation, np.float32, by_id=by_id) if single else {}
+    arguments = [gpu.put(a) for a in drawn.arguments(by_id=by_id)]
+    H, residuals = F.rnn_forward(
+        *arguments, activation=activation, kernel=kernel, checkpoint_every=k
+    )
+    kept = gpu.get(H)
+    assert residuals.states.shape == (-(-case.T // k), case.n, case.h)
+    H.fill(np.nan)  # so that whatever still reads it is seen
+    found = (
+        kept,
+        *(gpu.get(a) for a in F.rnn_backward(gpu.put(drawn.dH), residuals) if a is not None),
+    )
+    names = [name for name in NAMES if not (by_id and name == "dX")]
+    for name, a in zip(names, found, strict=True):
+        lost = baseline.get(name)
+        assert_close(f"{kernel} {name}", a, truth[name], length=case.length, baseline=lost)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 7, 12])
+@pytest.mark.parametrize("activation", ["tanh", LEAKY], ids=str)
+@each_dtype
+@each_kernel
+def test_checkpoints(gpu: GPU, kernel: str, dtype: Any, activation: Any, k: int) -> None:
+    drawn = draw(PRIME, dtype=dtype)
+    for by_id in (False, True) if kernel != "concatenated" else (False,):
+        assert_from_checkpoints(gpu, PRIME, drawn, activation, kernel, by_id, k)
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+@each_kernel
+def test_checkpoints_of_half_types(gpu: GPU, kernel: str, name: str) -> None:
+    dtypes = pytest.importorskip("ml_dtypes", reason="bfloat16 needs ml_dtypes")
+    dtype = np.float16 if name == "float16" else dtypes.bfloat16
+    drawn = draw(PRIME).astype(dtype)
+    truth = reference(drawn, "tanh", np.float64)
+    arguments = [gpu.put(a) for a in drawn.arguments()]
+    H, residuals = F.rnn_forward(*arguments, kernel=kernel, checkpoint_every=3)
+    found = (H, *F.rnn_backward(gpu.put(drawn.dH), residuals))
+    u = float(dtypes.finfo(dtype).eps) / 2
+    for label, a in zip(NAMES, found, strict=True):
+        error = np.abs(gpu.get(a).astype(np.float64) - truth[label]).max()
+        assert error <= 4 * PRIME.T**0.5 * u * np.abs(truth[label]).max(), label
+
+
+@pytest.mark.parametrize("kernel", ["resident", "step"])
+def test_states_from_checkpoints_have_the_same_bits(gpu: GPU, kernel: str) -> None:
+    """Where X are ids no product stands before the recurrence: dh_0 is that of all states."""
+    case = Case("again", T=33, n=37, d=19, h=131)
+    drawn = draw(case, dtype=np.float32)
+    arguments, dH = [gpu.put(a) for a in drawn.arguments(by_id=True)], gpu.put(drawn.dH)
+    whole = F.rnn_backward(dH, F.rnn_forward(*arguments, kernel=kernel)[1])
+    for k in (1, 5, 11, 32):
+        _, residuals = F.rnn_forward(*arguments, kernel=kernel, checkpoint_every=k)
+        dh_0 = F.rnn_backward(dH, residuals)[1]
+        assert np.array_equal(gpu.get(dh_0), gpu.get(whole[1])), k
+
+
+def test_checkpoints_of_a_book(gpu: GPU) -> None:
+    """200,000 steps of one row: little is held once H is gone, and the gradients are right."""
+    case, k = Case("book", T=200_000, n=1, d=28, h=128), 1000
+    drawn = draw(case, dtype=np.float32)
+    arguments, dH = [gpu.put(a) for a in drawn.arguments(by_id=True)], gpu.put(drawn.dH)
+    whole = [gpu.get(a) for a in F.rnn_backward(dH, F.rnn_forward(*arguments)[1])[1:]]
+    pool = gpu.cp.get_default_memory_pool()
+    before = pool.used_bytes()
+    residuals = F.rnn_forward(*arguments, checkpoint_every=k)[1]
+    state = case.n * case.h * 4
+    assert pool.used_bytes() - before < 2 * case.T // k * state
+    found = [gpu.get(a) for a in F.rnn_backward(dH, residuals)[1:]]
+    truth = reference(drawn, "tanh", np.float64, by_id=True)
+    for name, a, b in zip(NAMES[2:], found, whole, strict=True):
+        assert_close(name, a, truth[name], length=case.length, baseline=b)
 
 
 LARGE = [

@@ -37,9 +37,7 @@ def assert_group_as_reference(
     assert found.keys() == truth.keys()
     for name, a in found.items():
         assert a.dtype == np.float32
-        assert_close(
-            f"{group} {name}", a, truth[name], length=case.length, baseline=baseline[name]
-        )
+        assert_close(f"{group} {name}", a, truth[name], length=case.length, baseline=baseline[name])
 
 
 QUICK = [

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from gpurnn import planning
+from gpurnn import planning, segments
 from gpurnn.activation import Activation, AnyActivation
 from gpurnn.cuda import gemm
 from gpurnn.cuda.engines import Array, Engine
@@ -25,6 +25,7 @@ __all__ = [
     "linear",
     "linear_backward",
     "rnn_backward",
+    "rnn_backward_by_segments",
     "rnn_forward",
 ]
 
@@ -49,8 +50,7 @@ def rnn_forward(
     Returns the states with h_0 before them (T + 1, n, h), the pre-activations (T, n, h) where φ′ is
     a function of them, and the plan, which the backward pass follows as well.
     """
-    xp, dtype = engine.xp, W_hh.dtype
-    (T, n), (d, h) = X.shape[:2], W_xh.shape
+    (T, n), (d, h), dtype = X.shape[:2], W_xh.shape, W_hh.dtype
     plan = planning.plan(
         T=T,
         n=n,
@@ -61,6 +61,21 @@ def rnn_forward(
         kernel=kernel,
         precision=precision,
     )
+    return *_rnn_states(engine, plan, X, h_0, W_xh, W_hh, b_h, activation), plan
+
+
+def _rnn_states(
+    engine: Engine,
+    plan: Plan,
+    X: Array,
+    h_0: Array | None,
+    W_xh: Array,
+    W_hh: Array,
+    b_h: Array | None,
+    activation: AnyActivation,
+) -> tuple[Array, Array | None]:
+    xp, dtype = engine.xp, W_hh.dtype
+    (T, n), h = X.shape[:2], len(W_hh)
     with engine.here():
         states = xp.empty((T + 1, n, h), dtype)
         if h_0 is None:
@@ -78,7 +93,7 @@ def rnn_forward(
             else:
                 _input_product(engine, X, W_xh, target)
                 _recurrence(engine, plan, target, states, W_hh, b, activation)
-    return states, Z, plan
+    return states, Z
 
 
 def _recurrence(
@@ -211,6 +226,37 @@ def rnn_backward(
         dW_xh = _product(engine, X.reshape(T * n, d).T, dZ)
         dX = _product(engine, dZ, W_xh.T).reshape(X.shape)
         return dX, grads[0], dW_xh, dW_hh, _sum_rows(engine, dZ)
+
+
+def rnn_backward_by_segments(
+    engine: Engine,
+    plan: Plan,
+    every: int,
+    dH: Array,
+    X: Array,
+    checkpoints: Array,
+    W_xh: Array,
+    W_hh: Array,
+    b_h: Array | None,
+    activation: AnyActivation,
+    xi: Array | None,
+) -> segments.Gradients:
+    """Return what ``rnn_backward`` does, from the ``segments.checkpoints`` of the states.
+
+    Each segment follows the plan of the whole sequence, forward and backward.
+    """
+
+    def forward_pass(X: Array, h_0: Array) -> tuple[Array, Array | None]:
+        return _rnn_states(engine, plan, X, h_0, W_xh, W_hh, b_h, activation)
+
+    def backward_pass(
+        dH: Array, X: Array, states: Array, Z: Array | None, xi: Array | None
+    ) -> segments.Gradients:
+        return rnn_backward(engine, plan, dH, X, states, Z, W_xh, W_hh, activation, xi)
+
+    with engine.here():
+        dX = None if X.ndim == 2 else engine.xp.empty(X.shape, dH.dtype)
+        return segments.backward(dH, X, checkpoints, every, xi, forward_pass, backward_pass, dX)
 
 
 def hidden_layer(

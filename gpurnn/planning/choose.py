@@ -71,7 +71,9 @@ def plan(
             "expected 8.0 or higher, or another dtype"
         )
     if precision == "tf32" and dtype != "float32":
-        raise ValueError(f"precision is 'tf32' and dtype {dtype}: expected dtype float32, or 'ieee'")
+        raise ValueError(
+            f"precision is 'tf32' and dtype {dtype}: expected dtype float32, or 'ieee'"
+        )
     if precision == "tf32" and (major, minor) < TENSOR_CORES:
         raise ValueError(
             f"precision is 'tf32' and {device.name} has compute capability {major}.{minor}: "
