@@ -82,9 +82,11 @@ class RecordingEngine:
         """out = A B."""
         self.inner.product(A, B, out)
 
-    def step_product(self, A: Any, B: Any, out: Any, workspace: Any) -> None:
+    def step_product(
+        self, A: Any, B: Any, out: Any, workspace: Any, precision: str = "ieee"
+    ) -> None:
         """out = A B of a step, which belongs to the recurrence and is remembered."""
-        self._remember(lambda: self.inner.step_product(A, B, out, workspace))
+        self._remember(lambda: self.inner.step_product(A, B, out, workspace, precision))
 
     def workspace(self) -> Any:
         """Return the inner engine's."""

@@ -108,11 +108,12 @@ def _plan(
     if kernel == "resident":
         return _resident(n, h, dtype, device)
     if kernel == "group" or isinstance(kernel, Group):
-        return _group(n, h, dtype, precision, device, Group() if kernel == "group" else kernel)
+        wish = kernel if isinstance(kernel, Group) else Group()
+        return _group(n, h, dtype, precision, device, wish)
     measured = tuned.choice(device.name, dtype=dtype, precision=precision, n=n, h=h)
     if measured is not None:
-        found = _plan(T, n, h, dtype, device, _named(measured), precision)
-        return replace(found, why=("the fastest measured on this GPU, by its table", *found.why))
+        named = _plan(T, n, h, dtype, device, _named(measured), precision)
+        return replace(named, why=("the fastest measured on this GPU, by its table", *named.why))
     found = list(group_plans(n, h, dtype, precision, device, Group()))
     if precision == "ieee":
         resident = resident_plans(n, h, dtype, device)

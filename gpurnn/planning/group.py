@@ -178,7 +178,7 @@ def _plain_shares(h: int, blocks: int, columns: int, rows: int) -> Iterator[Shar
         groups = -(-columns // (2 * C)) * 2
         for R in (1, 2, 4, 8):
             passes = -(-rows // R)
-            if R * C > MOST_SUMS or (R > 1 and R >= 2 * rows) or passes > MOST_PASSES:
+            if R * C > MOST_SUMS or (R > 1 and 2 * rows <= R) or passes > MOST_PASSES:
                 continue
             share = Share(h, blocks, groups, C, R, passes, 0)
             if share.threads > MOST_BLOCK_THREADS:
