@@ -70,7 +70,7 @@ class Array(np.ndarray):  # type: ignore[type-arg]
 
     def copy(self, *a: Any, **k: Any) -> Any:
         self._here()
-        return super().copy(*a, **k)
+        return FakeCuPy.latest.noted(super().copy(*a, **k))
 
     def fill(self, value: Any) -> None:
         self._here()
@@ -225,6 +225,7 @@ class FakeCuPy(types.ModuleType):
     current: Any = None
     latest: Any = None
     stack: list[Any] = []  # noqa: RUF012
+    latest: Any = None
 
     def __init__(self) -> None:
         super().__init__("cupy")
@@ -241,6 +242,7 @@ class FakeCuPy(types.ModuleType):
         self.invalid = False  # whether captures come to nothing
         self.made = 0
         self.memory: list[tuple[weakref.ref[Any], int, int]] = []
+        FakeCuPy.latest = self
         self.pool: list[Any] | None = None  # a list is a pool that gives nothing out twice
         self.ndarray = Array
         self.stream_stack = [Stream(self, ptr=0)]
@@ -292,6 +294,12 @@ class FakeCuPy(types.ModuleType):
         return any(
             begin <= address and address + nbytes <= begin + size for _, begin, size in self.memory
         )
+
+    def noted(self, array: Any) -> Any:
+        """Return an array that NumPy made, whose memory is one of the device's now."""
+        owner = array if array.base is None else array.base
+        self.memory.append((weakref.ref(owner), array.ctypes.data, array.nbytes))
+        return array
 
     def new(self, a: Any) -> Any:
         """Return a copy of a NumPy array on the current device."""

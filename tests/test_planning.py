@@ -169,10 +169,10 @@ def test_plan_of_steps_in_words() -> None:
 
 
 def test_plan_of_products_in_words() -> None:
-    many = plan(T=35, n=500, d=28, h=2048, device=H100)
+    many = plan(T=35, n=64, d=28, h=1536, device=H100)
     assert many.kernel == "gemm"
     assert many.why[:2] == (
-        "W_hh (2048, 2048) times 500 rows is more than blocks that hold it take less time for",
+        "W_hh (1536, 1536) times 64 rows is more than blocks that hold it take less time for",
         "in each step a product by cuBLAS, then bias and φ in one kernel",
     )
     assert many.why[-1].endswith(" µs a step by the model")
