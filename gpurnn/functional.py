@@ -19,11 +19,13 @@ is copied between host and device, and nothing falls back in silence.
 
 Nobody looks for NaN in what kernels compute, which would mean to wait; an infinite gradient makes
 NaN of a whole column of dW_xh where X are ids. The same arguments give the same bits each time,
-and in the recurrence a row's bits depend on no other row; the products before and after it are
-cuBLAS's, whose order of summation may depend on T and n. An array handed over by another library
-must stay alive, and be used on CuPy's stream or one that waits for it, until the GPU is done. The
-first call of a shape compiles and sets up; only later ones can be captured in a CUDA graph, as far
-as CuPy lets a product be captured.
+and in the recurrence a row's bits depend on no other row; the products before and after it, and
+within it those of the kernel "gemm", are cuBLAS's, whose order of summation may depend on T and n.
+An array handed over by another library must stay alive, and be used on CuPy's stream or one that
+waits for it, until the GPU is done. The first call of a shape compiles and sets up; only later ones
+can be captured in a CUDA graph. What a captured call computes with in between comes from CuPy's
+memory pool and goes back to it: capture under an allocator that nothing else uses while the graph
+lives.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -150,7 +152,8 @@ def rnn_forward(
             (a GPU may approximate, to a relative 2⁻¹¹; NumPy does not); or a ``gpurnn.Activation``.
         kernel: for arrays on a GPU, or under the emulator: "resident" (the whole sequence in one
             launch), "step" (a launch a step), "concatenated" (a launch a step, the input's product
-            in it; X must be floats); None leaves it to ``gpurnn.plan``.
+            in it; X must be floats), "gemm" (in each step a product by cuBLAS, up to 32 steps a
+            launch as a CUDA graph); None leaves it to ``gpurnn.plan``.
         check_ids: False where ids on a GPU are known to lie in [0, d): to look means to wait for
             the GPU, and cannot be captured in a CUDA graph.
 

@@ -65,9 +65,8 @@ class Engine(Hashable, Protocol):
     def step_product(self, A: Array, B: Array, out: Array, workspace: Array | None) -> None:
         """out = A B of a step: out is of the type that is summed in, no size is 0.
 
-        A and B are C-contiguous or transposes of such. It may be captured, and has the same bits
-        whether it is or not. ``workspace`` is what ``workspace`` returned; a product may use it
-        until all of the stream's work up to it is done.
+        A and B are C-contiguous or transposes of such. It may be captured. ``workspace`` is what
+        the method of that name returned, and nothing else's until the product is made.
         """
 
     def workspace(self) -> Array | None:
