@@ -76,12 +76,17 @@ class Engine(Hashable, Protocol):
         """Whether the current stream is being captured: what is queued runs later, and again."""
 
     def replayed(
-        self, key: Hashable, make: Callable[[], NamedTuple], run: Callable[[Any, int], None]
+        self,
+        spec: KernelSpec,
+        key: Hashable,
+        make: Callable[[], NamedTuple],
+        run: Callable[[Any, int], None],
     ) -> AbstractContextManager[tuple[Any, Callable[[int], None]]]:
         """Give arrays that ``make`` made, and a function that does ``run(arrays, steps)`` on them.
 
-        Where it pays, both are kept for the next call with this ``key``, and the work is captured
-        once for each number of steps. ``run`` queues with this engine, and allocates nothing.
+        Where it pays, both are kept for the next call with this ``spec`` and ``key``, and the work
+        is captured once for each number of steps. ``run`` queues products of steps and launches of
+        the kernel ``spec``, without dynamic shared memory, and allocates nothing.
         """
 
     def settle(self) -> None:
@@ -145,9 +150,14 @@ class GPUEngine:
         return bool(cupy().cuda.get_current_stream().is_capturing())
 
     def replayed(
-        self, key: Hashable, make: Callable[[], NamedTuple], run: Callable[[Any, int], None]
+        self,
+        spec: KernelSpec,
+        key: Hashable,
+        make: Callable[[], NamedTuple],
+        run: Callable[[Any, int], None],
     ) -> AbstractContextManager[tuple[Any, Callable[[int], None]]]:
-        return graphs.replayed(cupy().cuda, (self.index, key), make, run)
+        needs = _function(spec, self.index, 0)
+        return graphs.replayed(cupy().cuda, (self.index, spec, key), make, run, needs)
 
     def settle(self) -> None:
         cupy().cuda.get_current_stream().synchronize()
@@ -297,7 +307,11 @@ class EmulatedEngine:
 
     @contextmanager
     def replayed(
-        self, key: Hashable, make: Callable[[], NamedTuple], run: Callable[[Any, int], None]
+        self,
+        spec: KernelSpec,
+        key: Hashable,
+        make: Callable[[], NamedTuple],
+        run: Callable[[Any, int], None],
     ) -> Iterator[tuple[Any, Callable[[int], None]]]:
         arrays = make()
         yield arrays, partial(run, arrays)

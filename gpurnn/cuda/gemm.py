@@ -86,7 +86,7 @@ def forward(
         weights = xp.empty_like(W_hh), xp.empty(h, dtype)
         return _Forward(own_Z, own_states, *weights, product_in(), engine.workspace())
 
-    with engine.replayed((spec, n, h, plan.chunk), make, run) as (own, play):
+    with engine.replayed(spec, (n, h, plan.chunk), make, run) as (own, play):
         own.W_hh[...] = W_hh
         own.b_h[...] = b_h
         for t, steps in chunks(T, plan.chunk):
@@ -144,7 +144,7 @@ def backward(
         weights, P = xp.empty_like(W_hh), xp.empty((n, h), real)
         return _Backward(own_dH, own_A, own_grads, weights, factors, P, engine.workspace())
 
-    with engine.replayed((spec, n, h, plan.chunk), make, run) as (own, play):
+    with engine.replayed(spec, (n, h, plan.chunk), make, run) as (own, play):
         own.W_hh[...] = W_hh
         for begun, steps in chunks(last, plan.chunk):
             i = last - begun - steps + 1  # of the last step of the chunk, the graph's step 1
