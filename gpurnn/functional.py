@@ -19,11 +19,13 @@ is copied between host and device, and nothing falls back in silence.
 
 Nobody looks for NaN in what kernels compute, which would mean to wait; an infinite gradient makes
 NaN of a whole column of dW_xh where X are ids. The same arguments give the same bits each time,
-and in the recurrence a row's bits depend on no other row; the products before and after it are
-cuBLAS's, whose order of summation may depend on T and n. An array handed over by another library
-must stay alive, and be used on CuPy's stream or one that waits for it, until the GPU is done. The
-first call of a shape compiles and sets up; only later ones can be captured in a CUDA graph, as far
-as CuPy lets a product be captured.
+and in the recurrence a row's bits depend on no other row; the products before and after it, and
+within it those of the kernel "gemm", are cuBLAS's, whose order of summation may depend on T and n.
+An array handed over by another library must stay alive, and be used on CuPy's stream or one that
+waits for it, until the GPU is done. The first call of a shape compiles and sets up; only later ones
+can be captured in a CUDA graph. What a captured call computes with in between comes from CuPy's
+memory pool and goes back to it: capture under an allocator that nothing else uses while the graph
+lives.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -156,7 +158,8 @@ def rnn_forward(
             launch, W_hh in each block), "group" (the same, W_hh split over blocks; a
             ``gpurnn.Group`` says how many, and how they exchange their states), "step" (a launch a
             step), "concatenated" (a launch a step, the input's product in it; X must be floats),
-            "gemm" (a product by cuBLAS in each step); None leaves it to ``gpurnn.plan``.
+            "gemm" (in each step a product by cuBLAS, up to 32 steps a launch
+            as a CUDA graph); None leaves it to ``gpurnn.plan``.
         precision: "ieee"; or "tf32", for float32 on a GPU: products with W_hh are of numbers
             rounded to 10 bits, on tensor cores, summed as float32, in both passes. It concerns the
             recurrence alone.

@@ -121,7 +121,14 @@ class Function:
         assert all(type(a) is int for a in arguments)
         assert shared_mem <= self.fake.allowed.get(self.ptr, 0)
         self.fake.streams.append("kernel")
-        self.fake.queue(lambda: self._run(grid, block, arguments, shared_mem))
+        loaded = weakref.ref(self)
+
+        def run() -> None:
+            function = loaded()
+            assert function is not None, "a kernel that is no longer loaded"
+            function._run(grid, block, arguments, shared_mem)
+
+        self.fake.queue(run)
 
     def _run(
         self,

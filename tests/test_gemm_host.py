@@ -18,16 +18,23 @@ from tolerance import assert_same_bits
 import gpurnn
 from gpurnn import functional as F
 from gpurnn import planning
-from gpurnn.cuda import cublas, gemm, graphs
+from gpurnn.cuda import cublas, engines, gemm, graphs, operations
 from gpurnn.cuda.cublas import CuBLASError
 
 n, d, h = 3, 2, 5
+CHUNK = 8
 
 
 @pytest.fixture
 def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[fake_cupy.FakeCuPy]:
+    """The stand-in, with short chunks and small blocks: what is emulated takes time."""
+    monkeypatch.setattr(planning, "CHUNK", CHUNK)
+    for module in (planning, operations):
+        monkeypatch.setattr(module, "SIDE", 4)
+    planning._plan.cache_clear()
     yield fake_cupy.install(monkeypatch)
     fake_cupy.clear()
+    planning._plan.cache_clear()
 
 
 def case(T: int) -> Case:
@@ -83,17 +90,17 @@ def test_captured_once_and_replayed_with_other_arrays_and_other_lengths(
     assert_right(cupy, 5, seed=1)
     assert len(cupy.graphs) == 3
     del cupy.replays[:]
-    assert_right(cupy, 39, seed=2)  # 32 + 4 + 2 + 1 and 32 + 4 + 2
-    assert cupy.replays == [64, 8, 4, 2, 64, 8, 4]
+    assert_right(cupy, 15, seed=2)  # 8 + 4 + 2 + 1 and 8 + 4 + 2
+    assert cupy.replays == [16, 8, 4, 2, 16, 8, 4]
     assert len(cupy.graphs) == 3 + 4
-    for seed, T in enumerate((39, 5, 70, 33, 4)):
+    for seed, T in enumerate((15, 5, 22, 9, 4)):
         assert_right(cupy, T, seed=seed)
-    assert len(cupy.graphs) == 3 + 4 + 1  # 70 − 1 = 2 · 32 + 4 + 1 backward
+    assert len(cupy.graphs) == 3 + 4 + 1  # 22 − 1 = 2 · 8 + 4 + 1 backward
     assert len(cupy.loads) == 3, "kernels are loaded once"
 
 
 def test_a_launch_of_the_plan_is_one_of_a_graph(cupy: fake_cupy.FakeCuPy) -> None:
-    for T in (4, 39, 200):
+    for T in (4, 15, 40):
         arguments = [cupy.new(a) for a in draw(case(T), dtype=np.float32).arguments()]
         before = len(cupy.replays)
         _, residuals = F.rnn_forward(*arguments, kernel="gemm")
@@ -127,12 +134,12 @@ def test_steps_too_large_for_a_graph(
 
 
 def test_nan_of_one_call_does_not_reach_the_next(cupy: fake_cupy.FakeCuPy) -> None:
-    drawn = draw(case(39), dtype=np.float32)
+    drawn = draw(case(15), dtype=np.float32)
     spoilt = [np.full_like(a, np.nan) for a in drawn.arguments() if a is not None]
     H, residuals = F.rnn_forward(*(cupy.new(a) for a in spoilt), kernel="gemm")
     dX = F.rnn_backward(cupy.new(np.full_like(drawn.dH, np.nan)), residuals)[0]
     assert dX is not None and np.isnan(H).all() and np.isnan(dX).all()
-    for T in (39, 6, 33):
+    for T in (15, 6, 9):
         assert_right(cupy, T)
 
 
@@ -193,6 +200,15 @@ def test_kept_graphs_are_bounded_by_their_memory(
     assert not graphs._kept
     assert all(graph() is None for graph in cupy.graphs)
     assert_right(cupy, 5)
+
+
+def test_a_graph_keeps_its_kernel_loaded(cupy: fake_cupy.FakeCuPy) -> None:
+    expected, run = both(5)
+    run(cupy)
+    engines._function.cache_clear()  # others came
+    gc.collect()
+    for name, a in run(cupy).items():
+        assert_same_bits(name, a.view(np.ndarray), expected[name])
 
 
 def test_devices_have_graphs_and_handles_of_their_own(cupy: fake_cupy.FakeCuPy) -> None:

@@ -21,14 +21,14 @@ from tolerance import KINK_MARGIN, assert_close, assert_same_bits
 
 from gpurnn import Activation, planning
 from gpurnn import functional as F
-from gpurnn.cuda import arrays
-from gpurnn.cuda.engines import limits_of
+from gpurnn.cuda import arrays, graphs
+from gpurnn.cuda.engines import GPUEngine, limits_of
 
 __all__ = ["cp", "gpu"]  # fixtures
 
 pytestmark = pytest.mark.gpu
 
-KERNELS = ("resident", "step", "concatenated")
+KERNELS = ("resident", "step", "concatenated", "gemm")
 PRIME = next(case for case in SMALL if case.name == "prime")
 HALF_CASES = [c for c in CASES if c.name in ("odd", "prime", "past-32", "past-64-one-row")]
 
@@ -49,7 +49,7 @@ def test_floats(gpu: GPU, kernel: str, dtype: Any, case: Case) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @each_dtype
-@pytest.mark.parametrize("kernel", ["resident", "step"])
+@pytest.mark.parametrize("kernel", ["resident", "step", "gemm"])
 def test_ids_without_state_and_bias(gpu: GPU, kernel: str, dtype: Any, case: Case) -> None:
     drawn = draw(case, dtype=dtype)
     assert_as_reference(gpu, case, drawn, kernel=kernel, by_id=True, h_0=False, bias=False)
@@ -74,7 +74,7 @@ def test_empty(gpu: GPU, kernel: str, case: Case) -> None:
 
 
 @pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name != "tanh"])
-@pytest.mark.parametrize("kernel", ["resident", "step"])
+@pytest.mark.parametrize("kernel", ["resident", "step", "gemm"])
 def test_activations(gpu: GPU, kernel: str, activation: str) -> None:
     margin = KINK_MARGIN[np.dtype(np.float32)]
     drawn = draw_off_kink(PRIME, margin) if activation == "relu" else draw(PRIME)
@@ -189,6 +189,11 @@ LARGE = [
     ("step", Case("wide", T=48, n=9, d=31, h=1024)),
     ("step", Case("many-rows", T=5, n=1031, d=3, h=257)),
     ("concatenated", Case("wide-concatenated", T=9, n=33, d=129, h=513)),
+    ("gemm", Case("wide-products", T=48, n=9, d=31, h=1024)),
+    ("gemm", Case("wider-products", T=9, n=3, d=5, h=2048)),
+    ("gemm", Case("many-rows-of-products", T=5, n=1031, d=3, h=257)),
+    ("gemm", Case("long-products", T=1000, n=2, d=3, h=33)),
+    (None, Case("planned-products", T=35, n=16, d=28, h=600)),
     ("resident", Case("long", T=4096, n=3, d=4, h=32)),
     ("resident", Case("more-rows-than-blocks", T=7, n=2111, d=5, h=67)),
     (None, Case("planned", T=64, n=32, d=28, h=256)),
@@ -212,7 +217,7 @@ def test_largest_resident(gpu: GPU, dtype: Any) -> None:
         planning.plan(T=1, n=1, d=1, h=h + 1, dtype=name, device=limits, kernel="resident")
 
 
-@pytest.mark.parametrize("kernel", ["resident", "step"])
+@pytest.mark.parametrize("kernel", ["resident", "step", "gemm"])
 def test_more_elements_than_32_bits_count(gpu: GPU, kernel: str) -> None:
     """H has over 2³¹ elements: its first and last steps, and the gradients there, are right."""
     T, n, d, h, last = 16_500, 1024, 1, 128, 4
@@ -250,7 +255,7 @@ def test_same_bits_every_time(gpu: GPU, kernel: str) -> None:
             assert_same_bits(name, a, first[name])
 
 
-@pytest.mark.parametrize("kernel", ["resident", "step"])
+@pytest.mark.parametrize("kernel", ["resident", "step", "gemm"])
 def test_rows_know_nothing_of_each_other(gpu: GPU, kernel: str) -> None:
     """The other rows' contents change no bit of a row's states and of its own gradients."""
     case = Case("rows", T=9, n=23, d=7, h=65)
@@ -312,7 +317,7 @@ extern "C" __global__ void spin(long long cycles) {
 """
 
 
-@pytest.mark.parametrize("kernel", ["resident", "step"])
+@pytest.mark.parametrize("kernel", ["resident", "step", "gemm"])
 def test_current_stream(gpu: GPU, kernel: str) -> None:
     """What is queued before on the current stream is done before: h_0 is written behind a delay."""
     cp = gpu.cp
@@ -330,6 +335,105 @@ def test_current_stream(gpu: GPU, kernel: str) -> None:
         H, _ = F.rnn_forward(X, late, *weights, kernel=kernel)
         stream.synchronize()
     assert_same_bits("H", gpu.get(H), gpu.get(right))
+
+
+def test_graphs_serve_other_arrays_and_other_lengths(gpu: GPU) -> None:
+    for seed, T in enumerate((5, 71, 33, 4, 5)):
+        case = Case("again", T=T, n=9, d=7, h=300)
+        assert_as_reference(gpu, case, draw(case, seed=seed, dtype=np.float32), kernel="gemm")
+
+
+def test_nan_of_one_call_does_not_reach_the_next(gpu: GPU) -> None:
+    case = Case("spoilt", T=37, n=9, d=7, h=65)
+    drawn = draw(case, dtype=np.float32)
+    spoilt = [gpu.put(np.full_like(a, np.nan)) for a in drawn.arguments() if a is not None]
+    H, residuals = F.rnn_forward(*spoilt, kernel="gemm")
+    F.rnn_backward(H, residuals)
+    assert bool(gpu.cp.isnan(H).all())
+    assert_as_reference(gpu, case, drawn, kernel="gemm")
+
+
+def test_more_shapes_than_graphs_are_kept(gpu: GPU) -> None:
+    for n in (*range(1, graphs.MOST_GRAPHS + 2), 1, 2):
+        case = Case("many", T=5, n=n, d=3, h=33)
+        assert_as_reference(gpu, case, draw(case, dtype=np.float32), kernel="gemm")
+
+
+def test_two_streams_with_one_graph(gpu: GPU) -> None:
+    """The second is queued while the first still waits in its stream: neither spoils the other."""
+    cp = gpu.cp
+    case = Case("turns", T=37, n=9, d=7, h=65)
+    passes = [
+        [gpu.put(a) for a in draw(case, seed=i, dtype=np.float32).arguments()] for i in (0, 1)
+    ]
+    right = [gpu.get(F.rnn_forward(*arguments, kernel="gemm")[0]) for arguments in passes]
+    spin = cp.RawKernel(SPIN, "spin")
+    spin((1,), (1,), (np.int64(1),))
+    cp.cuda.Device().synchronize()
+    found = []
+    for cycles, arguments in zip((200_000_000, 1), passes, strict=True):
+        with cp.cuda.Stream(non_blocking=True) as stream:
+            spin((1,), (1,), (np.int64(cycles),))
+            found.append((F.rnn_forward(*arguments, kernel="gemm")[0], stream))
+    for (H, stream), expected in zip(found, right, strict=True):
+        stream.synchronize()
+        assert_same_bits("H", gpu.get(H), expected)
+
+
+@each_kernel
+def test_within_a_capture_of_the_caller(gpu: GPU, kernel: str) -> None:
+    """A pass is captured whole and replayed with other numbers in the same arrays."""
+    cp = gpu.cp
+    case = Case("captured", T=37, n=9, d=7, h=65)
+    first, other = (draw(case, seed=seed, dtype=np.float32) for seed in (0, 1))
+    arguments, dH = [gpu.put(a) for a in first.arguments()], gpu.put(first.dH)
+
+    def run() -> list[Any]:
+        H, residuals = F.rnn_forward(*arguments, kernel=kernel)
+        return [H, *F.rnn_backward(dH, residuals)]
+
+    run()  # compiled and loaded
+    pool = cp.cuda.MemoryPool()  # the graph's, whose memory nothing else gets
+    stream = cp.cuda.Stream(non_blocking=True)
+    cp.cuda.Device().synchronize()
+    with stream, cp.cuda.using_allocator(pool.malloc):
+        stream.begin_capture()
+        found = run()
+        graph = stream.end_capture()
+    for drawn in (first, other):
+        for a, b in zip((*arguments, dH), (*drawn.arguments(), drawn.dH), strict=True):
+            a.set(b)
+        cp.cuda.Device().synchronize()
+        graph.launch(stream)
+        stream.synchronize()
+        truth = reference(drawn, "tanh", np.float64)
+        lost = reference(drawn, "tanh", np.float32)
+        for name, a in zip(NAMES, found, strict=True):
+            assert_close(name, gpu.get(a), truth[name], length=case.length, baseline=lost[name])
+
+
+PRODUCTS = [(1, 1, 1), (1, 300, 257), (33, 1, 5), (129, 65, 1), (64, 512, 512)]
+
+
+@pytest.mark.parametrize("written", ["own", "float32"])
+@pytest.mark.parametrize("name", ["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("shape", PRODUCTS, ids=str)
+def test_products_by_cublas(gpu: GPU, shape: tuple[int, int, int], name: str, written: str) -> None:
+    """Small integers, which every type has and sums exactly, and transposes of the factors."""
+    dtypes = pytest.importorskip("ml_dtypes", reason="bfloat16 needs ml_dtypes")
+    if written == "float32" and name in ("float32", "float64"):
+        pytest.skip("this dtype writes its own")
+    dtype = np.dtype(dtypes.bfloat16 if name == "bfloat16" else name)
+    m, k, n = shape
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(-1, 2, (m, k)), rng.integers(-1, 2, (k, n))
+    into = dtype if written == "own" else np.dtype(np.float32)
+    engine = GPUEngine(gpu.cp.cuda.Device().id)
+    for A in (gpu.put(a.astype(dtype)), gpu.put(np.ascontiguousarray(a.T).astype(dtype)).T):
+        for B in (gpu.put(b.astype(dtype)), gpu.put(np.ascontiguousarray(b.T).astype(dtype)).T):
+            out = gpu.put(np.full((m, n), np.nan, into))
+            engine.step_product(A, B, out, engine.workspace())
+            assert_same_bits("product", gpu.get(out), (a @ b).astype(into))
 
 
 def test_numpy_among_them_is_refused(gpu: GPU) -> None:

@@ -98,7 +98,11 @@ class RecordingEngine:
 
     @contextmanager
     def replayed(
-        self, key: Hashable, make: Callable[[], NamedTuple], run: Callable[[Any, int], None]
+        self,
+        spec: KernelSpec,
+        key: Hashable,
+        make: Callable[[], NamedTuple],
+        run: Callable[[Any, int], None],
     ) -> Iterator[tuple[Any, Callable[[int], None]]]:
         """Remember each replay of a graph, though not the copies into and out of its arrays."""
 
@@ -109,7 +113,7 @@ class RecordingEngine:
             finally:
                 self.within = outer
 
-        with self.inner.replayed(key, make, quietly) as (arrays, play):
+        with self.inner.replayed(spec, key, make, quietly) as (arrays, play):
             yield arrays, lambda steps: self._remember(lambda: play(steps))
 
     def settle(self) -> None:

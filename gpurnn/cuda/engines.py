@@ -92,9 +92,8 @@ class Engine(Hashable, Protocol):
     ) -> None:
         """out = A B of a step: out is of the type that is summed in, no size is 0.
 
-        A and B are C-contiguous or transposes of such. It may be captured, and has the same bits
-        whether it is or not. ``workspace`` is what ``workspace`` returned; a product may use it
-        until all of the stream's work up to it is done.
+        A and B are C-contiguous or transposes of such. It may be captured. ``workspace`` is what
+        the method of that name returned, and nothing else's until the product is made.
         """
 
     def workspace(self) -> Array | None:
@@ -104,12 +103,17 @@ class Engine(Hashable, Protocol):
         """Whether the current stream is being captured: what is queued runs later, and again."""
 
     def replayed(
-        self, key: Hashable, make: Callable[[], NamedTuple], run: Callable[[Any, int], None]
+        self,
+        spec: KernelSpec,
+        key: Hashable,
+        make: Callable[[], NamedTuple],
+        run: Callable[[Any, int], None],
     ) -> AbstractContextManager[tuple[Any, Callable[[int], None]]]:
         """Give arrays that ``make`` made, and a function that does ``run(arrays, steps)`` on them.
 
-        Where it pays, both are kept for the next call with this ``key``, and the work is captured
-        once for each number of steps. ``run`` queues with this engine, and allocates nothing.
+        Where it pays, both are kept for the next call with this ``spec`` and ``key``, and the work
+        is captured once for each number of steps. ``run`` queues products of steps and launches of
+        the kernel ``spec``, without dynamic shared memory, and allocates nothing.
         """
 
     def settle(self) -> None:
@@ -203,9 +207,14 @@ class GPUEngine:
         return bool(cupy().cuda.get_current_stream().is_capturing())
 
     def replayed(
-        self, key: Hashable, make: Callable[[], NamedTuple], run: Callable[[Any, int], None]
+        self,
+        spec: KernelSpec,
+        key: Hashable,
+        make: Callable[[], NamedTuple],
+        run: Callable[[Any, int], None],
     ) -> AbstractContextManager[tuple[Any, Callable[[int], None]]]:
-        return graphs.replayed(cupy().cuda, (self.index, key), make, run)
+        needs = _function(spec, self.index, 0)
+        return graphs.replayed(cupy().cuda, (self.index, spec, key), make, run, needs)
 
     def settle(self) -> None:
         cupy().cuda.get_current_stream().synchronize()
@@ -385,7 +394,11 @@ class EmulatedEngine:
 
     @contextmanager
     def replayed(
-        self, key: Hashable, make: Callable[[], NamedTuple], run: Callable[[Any, int], None]
+        self,
+        spec: KernelSpec,
+        key: Hashable,
+        make: Callable[[], NamedTuple],
+        run: Callable[[Any, int], None],
     ) -> Iterator[tuple[Any, Callable[[int], None]]]:
         arrays = make()
         yield arrays, partial(run, arrays)

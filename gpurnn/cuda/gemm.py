@@ -1,12 +1,12 @@
 """The kernel "gemm": in each step a product by cuBLAS, and a kernel for what follows it.
 
-A step is two launches, short ones for all but the largest shapes, so up to ``plan.chunk`` steps are
-captured as a CUDA graph (``gpurnn.cuda.graphs``). A graph has the addresses of its arrays in it,
-and which step it does. Both are kept out of the caller's way by copying: a chunk of steps is copied
-into arrays of the graph's, done there and copied out. That costs bandwidth, a few hundredths of a
-step's product, and two or three copies a chunk. The other way, kernels that look the addresses up,
-could not be checked by the emulator, which sees arrays and not addresses, and cuBLAS could not do
-it.
+A step is two launches, and for all but large shapes it takes no longer than they do. So up to
+``plan.chunk`` steps are captured as a CUDA graph (``gpurnn.cuda.graphs``). Such a graph has in it
+the addresses of its arrays, and which step does what. To have none of the caller's, it works on
+arrays of its own: a chunk of steps is copied into them, done there and copied out. The price is
+bandwidth, each number of a step read and written two or three times more, and a few copies a chunk.
+Kernels that look addresses and step up in memory would copy nothing; but cuBLAS cannot, and the
+emulator, which checks bounds and races by arrays, would see no more than numbers.
 
 T is cut into chunks of ``plan.chunk`` and of smaller powers of two, each of which is a graph of its
 own: no step is computed that is not wanted, nothing is read that was not written in this call, and
@@ -86,7 +86,7 @@ def forward(
         weights = xp.empty_like(W_hh), xp.empty(h, dtype)
         return _Forward(own_Z, own_states, *weights, product_in(), engine.workspace())
 
-    with engine.replayed((spec, n, h, plan.chunk, plan.precision), make, run) as (own, play):
+    with engine.replayed(spec, (n, h, plan.chunk, plan.precision), make, run) as (own, play):
         own.W_hh[...] = W_hh
         own.b_h[...] = b_h
         for t, steps in chunks(T, plan.chunk):
@@ -144,7 +144,7 @@ def backward(
         weights, P = xp.empty_like(W_hh), xp.empty((n, h), real)
         return _Backward(own_dH, own_A, own_grads, weights, factors, P, engine.workspace())
 
-    with engine.replayed((spec, n, h, plan.chunk, plan.precision), make, run) as (own, play):
+    with engine.replayed(spec, (n, h, plan.chunk, plan.precision), make, run) as (own, play):
         own.W_hh[...] = W_hh
         for begun, steps in chunks(last, plan.chunk):
             i = last - begun - steps + 1  # of the last step of the chunk, the graph's step 1

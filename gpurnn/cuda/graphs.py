@@ -31,6 +31,7 @@ Run = Callable[[Any, int], None]
 class _Kept:
     """One shape's arrays, its graphs by their number of steps, and where its last use ended."""
 
+    needs: Any
     buffers: Any
     nbytes: int
     done: Any
@@ -42,7 +43,7 @@ _kept: OrderedDict[Hashable, _Kept] = OrderedDict()  # the one used last is the 
 
 @contextmanager
 def replayed(
-    cuda: Any, key: Hashable, make: Callable[[], NamedTuple], run: Run
+    cuda: Any, key: Hashable, make: Callable[[], NamedTuple], run: Run, needs: object = None
 ) -> Iterator[tuple[Any, Callable[[int], None]]]:
     """Give a shape's arrays, and a function that queues so many steps on them as one graph.
 
@@ -56,12 +57,13 @@ def replayed(
         make: allocates the arrays: a named tuple, of which entries may be None.
         run: ``run(arrays, steps)`` queues that many steps; it allocates nothing, and does the same
             each time.
+        needs: what else the graph is no good without: the kernel, loaded.
     """
     with _ONE_AT_A_TIME:
         one = _kept.get(key)
         if one is None:
             _drop(MOST_GRAPHS - 1, MOST_BYTES)
-            one = _kept[key] = _first_use(cuda, make, run)
+            one = _kept[key] = _first_use(cuda, make, run, needs)
         _kept.move_to_end(key)
         stream = cuda.get_current_stream()
         stream.wait_event(one.done)
@@ -94,7 +96,7 @@ def _drop(graphs: int, nbytes: int, *, keep: int = 1) -> None:
         one.done.synchronize()  # its memory may go to another stream's arrays
 
 
-def _first_use(cuda: Any, make: Callable[[], NamedTuple], run: Run) -> _Kept:
+def _first_use(cuda: Any, make: Callable[[], NamedTuple], run: Run, needs: object) -> _Kept:
     buffers = make()
     arrays = [a for a in buffers if a is not None]
     # What this memory held before may still be in use on the current stream.
@@ -105,7 +107,7 @@ def _first_use(cuda: Any, make: Callable[[], NamedTuple], run: Run) -> _Kept:
         run(buffers, 1)
         stream.synchronize()
     done = cuda.Event(disable_timing=True)
-    return _Kept(buffers, sum(a.nbytes for a in arrays), done)
+    return _Kept(needs, buffers, sum(a.nbytes for a in arrays), done)
 
 
 def _captured(cuda: Any, run: Run, buffers: Any, steps: int) -> Any:
