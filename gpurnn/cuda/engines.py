@@ -213,7 +213,7 @@ class GPUEngine:
         make: Callable[[], NamedTuple],
         run: Callable[[Any, int], None],
     ) -> AbstractContextManager[tuple[Any, Callable[[int], None]]]:
-        needs = _function(spec, self.index, 0)
+        needs = _function(spec, self.index, 0, 1)
         return graphs.replayed(cupy().cuda, (self.index, spec, key), make, run, needs)
 
     def settle(self) -> None:
