@@ -88,7 +88,7 @@ def forward(
                 z[q] = load_value(Z[at + uint64(row * h + j)])
 
     def group_forward(Z, states, W_hh, b_h, words, report, T, n, row_0, patience):
-        v = cuda.shared.array(0, element)
+        v = cuda.shared.array(0, element, alignment=16)
         w = cuda.local.array(weights, weight)
         acc = cuda.local.array(sums, real)
         z = cuda.local.array(own, real)
@@ -214,7 +214,7 @@ def backward(
 
     @device
     def body(dH, A, grads, W_hh, words, report, xi, T, n, row_0, patience):
-        v = cuda.shared.array(0, element)
+        v = cuda.shared.array(0, element, alignment=16)
         w = cuda.local.array(weights, weight)
         acc = cuda.local.array(sums, real)
         dh = cuda.local.array(own, real)
