@@ -205,9 +205,14 @@ class TensorShare(NamedTuple):
         return 8 * self.depth // self.chunk
 
     @property
+    def finished(self) -> int:
+        """Warps of a 16 that are left with different sums; the others hold copies."""
+        return min(self.slices, 4 * self.tiles)
+
+    @property
     def own(self) -> int:
         """Sums that a thread is left with."""
-        return 4 * self.tiles // self.slices
+        return 4 * self.tiles // self.finished
 
     @property
     def stride(self) -> int:

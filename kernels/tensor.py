@@ -235,6 +235,7 @@ def _finish(share: TensorShare) -> DeviceFunction:
     tiles, own, slices, several = share.tiles, share.own, share.slices, share.passes > 1
     sums_of_warp, lanes = uint32(SUMS * tiles * WARP), uint32(WARP)
     start, of_slices = uint32(share.itemsize * share.shared_values // 4), uint32(slices)
+    finished = uint32(share.finished)
 
     @device
     def finish(acc, v):
@@ -242,7 +243,7 @@ def _finish(share: TensorShare) -> DeviceFunction:
         warp, lane = uint32(cuda.threadIdx.x) // lanes, uint32(cuda.threadIdx.x) % lanes
         mine = start + warp * sums_of_warp + lane
         s = warp % of_slices
-        first = start + (warp - s) * sums_of_warp + s * uint32(own * WARP) + lane
+        first = start + (warp - s) * sums_of_warp + s % finished * uint32(own * WARP) + lane
         if several:
             cuda.syncthreads()
         for t in range(tiles):
@@ -260,13 +261,9 @@ def _finish(share: TensorShare) -> DeviceFunction:
 
 def _places(share: TensorShare) -> dict[str, DeviceFunction]:
     """Sum i of a lane is number i % 4 of D, of tile i // 4; slice s owns those from s · own on."""
-    slices, own, width, lanes = (
-        uint32(share.slices),
-        uint32(share.own),
-        uint32(16),
-        uint32(WARP),
-    )
-    one, two, four, eight = uint32(1), uint32(2), uint32(4), uint32(8)
+    slices, own, finished = uint32(share.slices), uint32(share.own), uint32(share.finished)
+    width, lanes = uint32(16), uint32(WARP)
+    two, four, eight = uint32(2), uint32(4), uint32(8)
 
     @device
     def result(acc, q):
@@ -274,7 +271,7 @@ def _places(share: TensorShare) -> dict[str, DeviceFunction]:
 
     @device
     def number(q):
-        return uint32(cuda.threadIdx.x) // lanes % slices * own + uint32(q)
+        return uint32(cuda.threadIdx.x) // lanes % slices % finished * own + uint32(q)
 
     @device
     def row(q):
@@ -289,6 +286,6 @@ def _places(share: TensorShare) -> dict[str, DeviceFunction]:
 
     @device
     def owner():
-        return one == one
+        return uint32(cuda.threadIdx.x) // lanes % slices < finished
 
     return {"result": result, "row": row, "column": column, "owner": owner}
