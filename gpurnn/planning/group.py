@@ -211,7 +211,7 @@ def _tensor_shares(
         return
     for tiles in (1, 2, 4):
         passes = -(-rows // (8 * tiles))
-        if 4 * tiles < slices or (tiles > 1 and 4 * tiles >= rows) or passes > MOST_PASSES:
+        if (tiles > 1 and 4 * tiles >= rows) or passes > MOST_PASSES:
             continue
         share = TensorShare(h, blocks, tiles, passes, slices, warps, kind)
         if share.registers + 80 + 8 * tiles <= registers_of(share.threads):
