@@ -28,13 +28,13 @@ CHUNK = 8
 @pytest.fixture
 def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[fake_cupy.FakeCuPy]:
     """The stand-in, with short chunks and small blocks: what is emulated takes time."""
-    monkeypatch.setattr(planning, "CHUNK", CHUNK)
+    monkeypatch.setattr(planning.gemm, "CHUNK", CHUNK)
     for module in (planning, operations):
         monkeypatch.setattr(module, "SIDE", 4)
-    planning._plan.cache_clear()
+    planning.choose._plan.cache_clear()
     yield fake_cupy.install(monkeypatch)
     fake_cupy.clear()
-    planning._plan.cache_clear()
+    planning.choose._plan.cache_clear()
 
 
 def case(T: int) -> Case:
