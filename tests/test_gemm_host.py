@@ -29,7 +29,7 @@ CHUNK = 8
 def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[fake_cupy.FakeCuPy]:
     """The stand-in, with short chunks and small blocks: what is emulated takes time."""
     monkeypatch.setattr(planning.gemm, "CHUNK", CHUNK)
-    for module in (planning, operations):
+    for module in (planning.choose, planning.gemm, planning.plans, operations):
         monkeypatch.setattr(module, "SIDE", 4)
     planning.choose._plan.cache_clear()
     yield fake_cupy.install(monkeypatch)
