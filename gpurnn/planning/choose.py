@@ -43,8 +43,8 @@ def plan(
         device: what the GPU can hold.
         kernel: the name of one of ``KERNELS``, or a ``Group`` with some of its sizes, to have that
             one; None chooses.
-        precision: "ieee", or "tf32": the recurrence multiplies float32 rounded to 10 bits, on
-            tensor cores.
+        precision: "ieee"; "tf32" allows the recurrence to multiply float32 rounded to 10 bits, on
+            tensor cores, and a kernel that is named to do nothing else.
 
     Raises:
         TypeError: a size is no integer.
@@ -115,9 +115,10 @@ def _plan(
         named = _plan(T, n, h, dtype, device, _named(measured), precision)
         return replace(named, why=("the fastest measured on this GPU, by its table", *named.why))
     found = list(group_plans(n, h, dtype, precision, device, Group()))
-    if precision == "ieee":
-        resident = resident_plans(n, h, dtype, device)
-        found += [(cost * WORTH_A_GROUP, plan) for cost, plan in resident]
+    for cost, resident in resident_plans(n, h, dtype, device):
+        if precision == "tf32":
+            resident = replace(resident, why=("IEEE, as it takes no longer", *resident.why))
+        found.append((cost * WORTH_A_GROUP, resident))
     why = f"W_hh ({h}, {h}) of {dtype} is more than blocks of {device.name} hold at once"
     if found:
         why = f"W_hh ({h}, {h}) times {n} rows is more than blocks that hold it take less time for"

@@ -228,7 +228,8 @@ def _plan(
     if not clusters:
         groups = -(-groups // launches)
     product = _product_cycles(share)
-    cycles = product + _exchange_cycles(share, exchange, min(groups, at_once), device)
+    rows = min(share.slice_rows, max(1, n))
+    cycles = product + _exchange_cycles(share, rows, exchange, min(groups, at_once), device)
     step = cycles / device.clock_ghz
     blocks = groups * share.blocks
     words = "registers" if _all_in_registers(share) else "registers and shared memory"
@@ -291,11 +292,11 @@ def _product_cycles(share: Share | TensorShare) -> float:
 
 
 def _exchange_cycles(
-    share: Share | TensorShare, exchange: str, groups: int, device: Limits
+    share: Share | TensorShare, rows: int, exchange: str, groups: int, device: Limits
 ) -> float:
     latencies = tuned.latencies(device.name, device.clock_ghz)
     clock = device.clock_ghz
-    values = share.slice_rows * share.h
+    values = rows * share.h
     if exchange == "cluster":
         barrier = dict(latencies.cluster)[share.blocks]
         return (latencies.remote_shared + barrier) * clock + values * 4 / REMOTE_BYTES_A_CYCLE
