@@ -2,18 +2,20 @@
 
 ``install`` puts it in CuPy's place. Arrays know their device and their address. A module is loaded
 from the bytes that ``cubin`` (replaced as well) made of a kernel's specification; calling its
-function takes the packed arguments apart again, as the machine code would.
+function takes the packed arguments apart again, as the machine code would. ``cuLaunchKernelEx`` of
+cuda-bindings is replaced too, by one that takes the same configuration apart.
 """
 
 import ctypes
 import types
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from cuda.bindings import driver
 
 from gpurnn import compiler, emulator
-from gpurnn.cuda import engines
+from gpurnn.cuda import engines, reports
 from gpurnn.cuda.specs import KernelSpec, build, signature
 
 __all__ = ["FakeCuPy", "install"]
@@ -96,6 +98,7 @@ class Function:
 
     def __init__(self, fake: "FakeCuPy", spec: KernelSpec) -> None:
         self.fake, self.spec, self.ptr = fake, spec, id(self)
+        fake.functions[self.ptr] = self
         self.device = FakeCuPy.current.id
 
     def __call__(
@@ -105,6 +108,17 @@ class Function:
         arguments: tuple[int, ...],
         shared_mem: int = 0,
     ) -> None:
+        self.run(grid, block, arguments, shared_mem)
+
+    def run(
+        self,
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        arguments: tuple[int, ...],
+        shared_mem: int,
+        cluster: int | None = None,
+    ) -> None:
+        """Emulate it, on what the packed arguments point to."""
         assert FakeCuPy.current.id == self.device, "launched on a device it is not loaded on"
         assert all(type(a) is int for a in arguments)
         assert shared_mem <= self.fake.allowed.get(self.ptr, 0)
@@ -125,7 +139,28 @@ class Function:
             values.append(np.lib.stride_tricks.as_strided(flat, shape, strides))
         assert not rest, "arguments too many"
         self.fake.launches.append((self.spec, FakeCuPy.current.id))
-        emulator.launch(build(self.spec), grid, block, tuple(values), shared=shared_mem)
+        emulator.launch(
+            build(self.spec), grid, block, tuple(values), shared=shared_mem, cluster=cluster
+        )
+
+
+class Extended(NamedTuple):
+    """What a launch by ``cuLaunchKernelEx`` was asked to be."""
+
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared: int
+    stream: int
+    attributes: dict[str, int]
+
+
+class Pinned(bytearray):
+    """Memory of the host that a GPU can write to; it holds anything at first."""
+
+    @property
+    def ptr(self) -> int:
+        """Its address."""
+        return ctypes.addressof(ctypes.c_byte.from_buffer(self))
 
 
 class FakeCuPy(types.ModuleType):
@@ -139,6 +174,12 @@ class FakeCuPy(types.ModuleType):
         self.launches: list[tuple[KernelSpec, int]] = []
         self.loads: list[tuple[KernelSpec, int]] = []
         self.allowed: dict[int, int] = {}
+        self.large_clusters: list[int] = []
+        self.functions: dict[int, Function] = {}
+        self.extended: list[Extended] = []
+        self.result = driver.CUresult.CUDA_SUCCESS
+        self.pinned: list[Pinned] = []
+        self.stream = 0
         self.specs: list[KernelSpec] = []
         self.allocations_left: int | None = None
         self.devices = 8
@@ -150,8 +191,9 @@ class FakeCuPy(types.ModuleType):
             Device=Device,
             Module=lambda: Module(self),
             get_current_stream=lambda: types.SimpleNamespace(
-                synchronize=lambda: self.streams.append("wait")
+                ptr=self.stream, synchronize=lambda: self.streams.append("wait")
             ),
+            alloc_pinned_memory=self._pinned,
             runtime=types.SimpleNamespace(
                 CUDARuntimeError=CUDARuntimeError,
                 deviceGetAttribute=lambda attribute, device: ATTRIBUTES[attribute],
@@ -171,6 +213,48 @@ class FakeCuPy(types.ModuleType):
     def _allow(self, function: int, attribute: int, value: int) -> None:
         assert attribute == 8
         self.allowed[function] = value
+
+    def _pinned(self, size: int) -> "Pinned":
+        self.pinned.append(Pinned(b"\xff" * size))
+        return self.pinned[-1]
+
+    def launch_extended(
+        self, config: Any, function: Any, parameters: Any, extra: int
+    ) -> tuple[Any]:
+        """Stand in for ``cuLaunchKernelEx``: take its arguments apart, and run the kernel."""
+        values, kinds = parameters
+        assert len(values) == len(kinds) and set(kinds) == {ctypes.c_int64}
+        assert extra == 0 and len(config.attrs) == config.numAttrs
+        attributes: dict[str, int] = {}
+        for attribute in config.attrs:
+            match attribute.id:
+                case driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION:
+                    size = attribute.value.clusterDim
+                    assert (size.y, size.z) == (1, 1)
+                    attributes["cluster"] = size.x
+                case driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE:
+                    attributes["cooperative"] = attribute.value.cooperative
+                case other:
+                    raise AssertionError(f"an attribute that nobody needs: {other}")
+        grid = (config.gridDimX, config.gridDimY, config.gridDimZ)
+        block = (config.blockDimX, config.blockDimY, config.blockDimZ)
+        stream = int(config.hStream)
+        self.extended.append(Extended(grid, block, config.sharedMemBytes, stream, attributes))
+        if self.result == driver.CUresult.CUDA_SUCCESS:
+            cluster = attributes.get("cluster", 1)
+            assert grid[0] % cluster == 0, "the grid counts blocks"
+            kernel = self.functions[int(function)]
+            assert cluster <= 8 or kernel.ptr in self.large_clusters
+            kernel.run(grid, block, tuple(values), config.sharedMemBytes, cluster)
+        return (self.result,)
+
+    def set_attribute(self, function: Any, attribute: Any, value: int) -> tuple[Any]:
+        """Stand in for ``cuFuncSetAttribute``."""
+        kinds = driver.CUfunction_attribute
+        assert attribute == kinds.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+        assert value == 1
+        self.large_clusters.append(int(function))
+        return (self.result,)
 
     def new(self, a: Any) -> Any:
         """Return a copy of a NumPy array on the current device."""
@@ -252,6 +336,9 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeCuPy:
         return str(len(fake.specs) - 1).encode()
 
     monkeypatch.setitem(__import__("sys").modules, "cupy", fake)
+    monkeypatch.setattr(driver, "cuLaunchKernelEx", fake.launch_extended)
+    monkeypatch.setattr(driver, "cuFuncSetAttribute", fake.set_attribute)
+    monkeypatch.setattr(reports, "_mapped", {})
     monkeypatch.setattr(engines, "cubin", cubin)
     monkeypatch.setattr(compiler, "entry_of", lambda code: build(fake.specs[int(code)]).__name__)
     for cached in (engines.cupy, engines.limits_of, engines._function):

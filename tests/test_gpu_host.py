@@ -309,7 +309,7 @@ def test_what_needs_more_shared_memory_says_so_to_the_driver(cupy: fake_cupy.Fak
     plan = gpurnn.plan(T=1, n=1, d=1, h=256, device="H100")
     assert plan.shared > 48 * 1024
     spec = KernelSpec("resident_forward", plan.tile, "tanh", "float32")
-    function = engines._function(spec, 0, plan.shared)
+    function = engines._function(spec, 0, plan.shared, 1)
     assert cupy.allowed == {function.ptr: plan.shared}
 
 
