@@ -107,7 +107,13 @@ def _plan(
         return _group(n, h, dtype, precision, device, Group() if kernel == "group" else kernel)
     measured = tuned.choice(device.name, dtype=dtype, precision=precision, n=n, h=h)
     if measured is not None:
-        found = _plan(T, n, h, dtype, device, _named(measured), precision)
+        try:
+            found = _plan(T, n, h, dtype, device, _named(measured), precision)
+        except ValueError as e:
+            raise ValueError(
+                f"the table of measured choices names for {device.name}, n = {n}, h = {h} what "
+                f"cannot be: {e}"
+            ) from e
         return replace(found, why=("the fastest measured on this GPU, by its table", *found.why))
     found = list(group_plans(n, h, dtype, precision, device, Group()))
     if precision == "ieee":
