@@ -1,4 +1,4 @@
-"""The tables of latencies and choices: what they hold, what is refused, what plan() makes of them."""
+"""The tables of latencies and choices: what they hold, what is refused, what plan() makes of it."""
 
 import json
 from collections.abc import Callable, Iterator

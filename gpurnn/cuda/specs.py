@@ -21,7 +21,7 @@ REAL = {"float32": "float32", "float64": "float64", "float16": "float32", "bfloa
 STORED = {"float32": "float32", "float64": "float64", "float16": "uint16", "bfloat16": "uint16"}
 
 # Axes of each array argument in its order; "i" stands for an integer, "words" and "report" for the
-# flat arrays of integers that a group kernel wants beside.
+# flat arrays of integers that a group kernel wants beside, and a probe alone.
 BESIDE = {"words": "uint64", "report": "uint32"}
 ARGUMENTS: dict[str, tuple[int | str, ...]] = {
     "resident_forward": (1, 1, 2, 1, "i", "i"),
@@ -33,6 +33,12 @@ ARGUMENTS: dict[str, tuple[int | str, ...]] = {
     "step_backward": (3, 3, 3, 2, "i"),
     "layer_forward": (2, 2, 2, 2, 1),
     "layer_backward": (1, 1, 1),
+    "probe_launch": (),
+    "probe_l2": ("report", "report", "i"),
+    "probe_remote": ("report", "i"),
+    "probe_cluster": ("report", "i"),
+    "probe_flag": ("words", "report", "i", "i"),
+    "probe_counter": ("words", "report", "i", "i"),
 }
 
 
@@ -46,6 +52,12 @@ Kind = Literal[
     "step_backward",
     "layer_forward",
     "layer_backward",
+    "probe_launch",
+    "probe_l2",
+    "probe_remote",
+    "probe_cluster",
+    "probe_flag",
+    "probe_counter",
 ]
 
 
@@ -54,8 +66,9 @@ class KernelSpec:
     """A kernel, and what it is compiled for.
 
     ``kind`` is a key of ``ARGUMENTS``. ``sizes`` is the tile of a resident kernel, the share of a
-    group kernel, the side of a tiled one, None for ``layer_backward``. ``scaled`` backward kernels
-    take ξ as well. ``exchange`` is that of a group kernel.
+    group kernel, the side of a tiled one, None for ``layer_backward`` and probes. ``scaled``
+    backward kernels take ξ as well. ``exchange`` is that of a group kernel. A probe is one kernel
+    whatever its activation and dtype.
     """
 
     kind: Kind
@@ -99,7 +112,7 @@ def build(spec: KernelSpec) -> Callable[..., None]:
     """Return the kernel's Python function."""
     from numba.cuda import types
 
-    from gpurnn.kernels import activations, group, layer, resident, step
+    from gpurnn.kernels import activations, group, layer, probes, resident, step
     from gpurnn.kernels.storage import STORAGES
 
     storage = STORAGES[spec.dtype]
@@ -130,4 +143,6 @@ def build(spec: KernelSpec) -> Callable[..., None]:
             made = layer.forward(sizes, pair, storage)
         case "layer_backward":
             made = layer.backward(pair, storage)
+        case _:
+            made = getattr(probes, spec.kind)
     return made
