@@ -118,7 +118,7 @@ def test_machine_code(kind: str, target: tuple[int, int]) -> None:
     wanted = {
         "probe_launch": "EXIT",
         "probe_l2": "LDG.E.STRONG.GPU",
-        "probe_remote": "LD",
+        "probe_remote": "LD.E",
         "probe_cluster": "UCGABAR",
         "probe_flag": "LDG.E.64.STRONG.GPU",
         "probe_counter": "LDG.E.64.STRONG.GPU",

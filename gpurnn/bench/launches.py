@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gpurnn.cuda.engines import Engine
-from gpurnn.cuda.specs import KernelSpec
+from gpurnn.cuda.specs import ARGUMENTS, KernelSpec
 from gpurnn.planning import Limits
 
 __all__ = ["RecordingEngine"]
@@ -44,16 +44,47 @@ class RecordingEngine:
         arrays: Sequence[Any],
         integers: Iterable[tuple[int, ...]] = ((),),
         shared: int = 0,
+        *,
+        cluster: int = 1,
+        cooperative: bool = False,
     ) -> None:
-        """Queue a kernel, and remember it with its arrays."""
+        """Queue a kernel, and remember it with its arrays.
+
+        The scratch of a group kernel must be 0 before each launch: what is remembered clears it.
+        """
         each = list(integers)
+        scratch = [
+            a
+            for a, what in zip(arrays, ARGUMENTS[spec.kind], strict=False)
+            if spec.exchange is not None and what == "words"
+        ]
+
+        def run() -> None:
+            self.inner.launch(
+                spec, grid, block, arrays, each, shared, cluster=cluster, cooperative=cooperative
+            )
 
         def again() -> None:
-            self.inner.launch(spec, grid, block, arrays, each, shared)
+            for words in scratch:
+                words.fill(0)
+            run()
 
-        again()
+        run()
         self.launches.append(again)
         self.count += len(each)
+
+    @property
+    def patience(self) -> int:
+        """How often a thread polls for another block."""
+        return self.inner.patience
+
+    def report(self, blocks: int) -> Any:
+        """Return where blocks report."""
+        return self.inner.report(blocks)
+
+    def check_reports(self) -> None:
+        """Raise if a block of an earlier launch reported."""
+        self.inner.check_reports()
 
     def product(self, A: Any, B: Any, out: Any) -> None:
         """out = A B."""

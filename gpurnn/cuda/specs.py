@@ -12,7 +12,7 @@ from gpurnn.activation import Activation
 from gpurnn.compiler import ArraySpec
 from gpurnn.tile import Share, TensorShare, Tile
 
-__all__ = ["MOST_KEPT", "KernelSpec", "Kind", "build", "signature"]
+__all__ = ["ARGUMENTS", "MOST_KEPT", "KernelSpec", "Kind", "build", "signature"]
 
 MOST_KEPT = 1024
 """Kernels that stay in memory at once: someone may make an activation anew for each call."""

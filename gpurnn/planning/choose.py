@@ -108,13 +108,13 @@ def _plan(
     measured = tuned.choice(device.name, dtype=dtype, precision=precision, n=n, h=h)
     if measured is not None:
         try:
-            found = _plan(T, n, h, dtype, device, _named(measured), precision)
+            best = _plan(T, n, h, dtype, device, _named(measured), precision)
         except ValueError as e:
             raise ValueError(
                 f"the table of measured choices names for {device.name}, n = {n}, h = {h} what "
                 f"cannot be: {e}"
             ) from e
-        return replace(found, why=("the fastest measured on this GPU, by its table", *found.why))
+        return replace(best, why=("the fastest measured on this GPU, by its table", *best.why))
     found = list(group_plans(n, h, dtype, precision, device, Group()))
     if precision == "ieee":
         found += [
