@@ -160,9 +160,9 @@ def rnn_forward(
             step), "concatenated" (a launch a step, the input's product in it; X must be floats),
             "gemm" (in each step a product by cuBLAS, up to 32 steps a launch
             as a CUDA graph); None leaves it to ``gpurnn.plan``.
-        precision: "ieee"; "tf32" allows products with W_hh of float32 numbers rounded to 10 bits, on
-            a GPU's tensor cores, summed as float32, in both passes ("group" and "gemm" then do so;
-            where the resident kernel takes no longer, it runs, in IEEE). It concerns the
+        precision: "ieee"; "tf32" allows products with W_hh of float32 numbers rounded to 10 bits,
+            on a GPU's tensor cores, summed as float32, in both passes ("group" and "gemm" then do
+            so; where the resident kernel takes no longer, it runs, in IEEE). It concerns the
             recurrence alone: the other products are cuBLAS's, as CuPy is set up.
         check_ids: False where ids on a GPU are known to lie in [0, d): to look means to wait for
             the GPU, and cannot be captured in a CUDA graph.

@@ -15,11 +15,14 @@ whatever the one before came to, each with its own time limit:
     tests      the tests with the marker gpu
     memcheck   a few small cases under compute-sanitizer, if that is installed
     racecheck  the same
+    probe      what the GPU's exchanges between blocks take
+    soak       random shapes, each twice, for a minute at most
+    group      the benchmark of the kernel that splits W_hh over blocks, and a whole book in one pass
     bench      the benchmark
 
 In the folder --out (else $OUT, else gpu-results) it writes summary.json (outcome, exit code and
-seconds of each part), imports.json, doctor.json, tests.json, bench.json with bench.png, and
-log.txt, all that was printed. Exit code: 0 every part passed; 1 one failed or ran out of time; 3
+seconds of each part), imports.json, doctor.json, tests.json, tuned.json (a table for GPURNN_TUNED),
+soak.txt, group.json and bench.json with their plots, and log.txt, all that was printed. Exit code: 0 every part passed; 1 one failed or ran out of time; 3
 none failed, but one could not be run, and summary.json says why; 2 a mistake in the command.
 """
 
@@ -43,6 +46,9 @@ ROOT = Path(__file__).resolve().parents[1]
 BUDGET = 560.0  # seconds
 LEAST = 5.0  # seconds a part needs to be begun at all
 MARGIN = 50.0  # of the benchmark's limit: for the run in hand when it is reached
+GROUP_LIMIT = 220.0  # seconds, of its benchmark
+SOAK_MARGIN = 12.0  # of its limit, for what is being compiled when it is reached
+MOST_TRIALS = "9999"  # more would be drawn from more kernels than can be compiled meanwhile
 GRACE = 5.0  # seconds between asking a part to stop and making it
 NEVER = "not begun: the time of the budget was used up"
 
@@ -224,6 +230,26 @@ def judge_imports(out: Path) -> tuple[str, str]:
     return "passed", f"without {', '.join(found['without'])}" if found["without"] else ""
 
 
+def judge_probe(rc: int, out: Path) -> tuple[str, str]:
+    """Judge the probes by the table that they leave."""
+    if rc or not out.exists():
+        return "failed", f"no table was written, exit code {rc}: see log.txt"
+    told = []
+    for name, entry in json.loads(out.read_text())["gpus"].items():
+        found = {k: v for k, v in entry["latencies_ns"].items() if not isinstance(v, list)}
+        found |= {f"cluster of {size}": ns for size, ns in entry["latencies_ns"]["cluster"]}
+        told.append(f"{name}: " + ", ".join(f"{what} {ns:.0f} ns" for what, ns in found.items()))
+    return "passed", "; ".join(told)
+
+
+def judge_soak(rc: int, out: Path) -> tuple[str, str]:
+    """Judge the soak by its exit code; it must have run something."""
+    told = out.read_text().strip()
+    if rc or not told:
+        return "failed", f"exit code {rc}: see log.txt"
+    return ("failed" if told.startswith("soak: 0 ran") else "passed"), told.removeprefix("soak: ")
+
+
 def judge_bench(rc: int, out: Path) -> tuple[str, str]:
     """Judge the benchmark by its result: something must have been measured, nothing be wrong."""
     if not out.exists():
@@ -291,10 +317,23 @@ def parts_of(root: Path, out: Path, scratch: Path) -> list[Part]:
         options += ["-p", "no:cacheprovider", f"--junitxml={junit}", "--durations=10"]
         return [python, "-m", "pytest", *options, *gpu_tests(root)]
 
-    def bench(seconds: float) -> list[str]:
-        limit = str(max(1.0, round(seconds - MARGIN, 1)))
-        options = ["--device", "cuda", "--limit", limit, "--out", str(figures)]
-        return [python, "-m", "gpurnn.bench", *options]
+    def bench(grid: str, figures: Path) -> Part:
+        def command(seconds: float) -> list[str]:
+            limit = str(max(1.0, round(seconds - MARGIN, 1)))
+            options = ["--device", "cuda", "--grid", grid, "--limit", limit, "--out", str(figures)]
+            return [python, "-m", "gpurnn.bench", *options]
+
+        return Part(
+            figures.stem,
+            BUDGET if grid == "default" else GROUP_LIMIT,
+            command,
+            lambda rc: judge_bench(rc, figures),
+            writes=(figures, figures.with_suffix(".png")),
+        )
+
+    def soak(seconds: float) -> list[str]:
+        limit = str(max(1.0, round(seconds - SOAK_MARGIN, 1)))
+        return [python, "-m", "gpurnn.bench", "--soak", MOST_TRIALS, "--limit", limit]
 
     def sanitized(tool: str) -> Part:
         program = sanitizer()
@@ -311,11 +350,12 @@ def parts_of(root: Path, out: Path, scratch: Path) -> list[Part]:
             skip="" if program else "compute-sanitizer was not found (it is in the CUDA toolkit)",
         )
 
-    doctor, imports, figures = (out / f"{name}.json" for name in ("doctor", "imports", "bench"))
+    doctor, imports, table = (out / f"{name}.json" for name in ("doctor", "imports", "tuned"))
+    soaked = out / "soak.txt"
     return [
         Part(
             "import",
-            60.0,
+            40.0,
             lambda _: [python, script, "--imports"],
             lambda _: judge_imports(imports),
             stdout=imports,
@@ -340,12 +380,22 @@ def parts_of(root: Path, out: Path, scratch: Path) -> list[Part]:
         sanitized("memcheck"),
         sanitized("racecheck"),
         Part(
-            "bench",
-            BUDGET,
-            bench,
-            lambda rc: judge_bench(rc, figures),
-            writes=(figures, figures.with_suffix(".png")),
+            "probe",
+            30.0,
+            lambda _: [python, "-m", "gpurnn.bench", "--probe", "--out", str(table)],
+            lambda rc: judge_probe(rc, table),
+            writes=(table,),
         ),
+        Part(
+            "soak",
+            60.0,
+            soak,
+            lambda rc: judge_soak(rc, soaked),
+            stdout=soaked,
+            writes=(soaked,),
+        ),
+        bench("group", out / "group.json"),
+        bench("default", out / "bench.json"),
     ]
 
 

@@ -5,20 +5,22 @@ their address. A module is loaded from the bytes that ``cubin`` (replaced as wel
 kernel's specification; calling its function takes the packed arguments apart again, as the machine
 code would. What is queued on a stream runs at once, kernels and cuBLAS's products on one that is
 captured when the graph is launched. What CuPy itself does to arrays is not captured.
+``cuLaunchKernelEx`` of cuda-bindings is replaced too, by one that takes its configuration apart.
 """
 
 import ctypes
 import types
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from cuda.bindings import driver
 from fake_cublas import FakeCuBLAS
 
 from gpurnn import compiler, emulator
-from gpurnn.cuda import cublas, engines, graphs, operations
+from gpurnn.cuda import cublas, engines, graphs, operations, reports
 from gpurnn.cuda.specs import KernelSpec, build, signature
 
 __all__ = ["Array", "CUDARuntimeError", "Event", "FakeCuPy", "Stream", "clear", "install"]
@@ -108,6 +110,7 @@ class Function:
 
     def __init__(self, fake: "FakeCuPy", spec: KernelSpec) -> None:
         self.fake, self.spec, self.ptr = fake, spec, id(self)
+        fake.functions[self.ptr] = self
         self.device = FakeCuPy.current.id
 
     def __call__(
@@ -117,6 +120,17 @@ class Function:
         arguments: tuple[int, ...],
         shared_mem: int = 0,
     ) -> None:
+        self.run(grid, block, arguments, shared_mem)
+
+    def run(
+        self,
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        arguments: tuple[int, ...],
+        shared_mem: int,
+        cluster: int | None = None,
+    ) -> None:
+        """Emulate it, on what the packed arguments point to."""
         assert FakeCuPy.current.id == self.device, "launched on a device it is not loaded on"
         assert all(type(a) is int for a in arguments)
         assert shared_mem <= self.fake.allowed.get(self.ptr, 0)
@@ -126,7 +140,7 @@ class Function:
         def run() -> None:
             function = loaded()
             assert function is not None, "a kernel that is no longer loaded"
-            function._run(grid, block, arguments, shared_mem)
+            function._run(grid, block, arguments, shared_mem, cluster)
 
         self.fake.queue(run)
 
@@ -136,6 +150,7 @@ class Function:
         block: tuple[int, ...],
         arguments: tuple[int, ...],
         shared_mem: int,
+        cluster: int | None,
     ) -> None:
         rest, values = list(arguments), []
         for expected in signature(self.spec):
@@ -154,7 +169,28 @@ class Function:
             values.append(np.lib.stride_tricks.as_strided(flat, shape, strides))
         assert not rest, "arguments too many"
         self.fake.launches.append((self.spec, FakeCuPy.current.id))
-        emulator.launch(build(self.spec), grid, block, tuple(values), shared=shared_mem)
+        emulator.launch(
+            build(self.spec), grid, block, tuple(values), shared=shared_mem, cluster=cluster
+        )
+
+
+class Extended(NamedTuple):
+    """What a launch by ``cuLaunchKernelEx`` was asked to be."""
+
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared: int
+    stream: int
+    attributes: dict[str, int]
+
+
+class Pinned(bytearray):
+    """Memory of the host that a GPU can write to; it holds anything at first."""
+
+    @property
+    def ptr(self) -> int:
+        """Its address."""
+        return ctypes.addressof(ctypes.c_byte.from_buffer(self))
 
 
 class Event:
@@ -230,7 +266,6 @@ class FakeCuPy(types.ModuleType):
     """The module."""
 
     current: Any = None
-    latest: Any = None
     stack: list[Any] = []  # noqa: RUF012
     latest: Any = None
 
@@ -239,6 +274,11 @@ class FakeCuPy(types.ModuleType):
         self.launches: list[tuple[KernelSpec, int]] = []
         self.loads: list[tuple[KernelSpec, int]] = []
         self.allowed: dict[int, int] = {}
+        self.large_clusters: list[int] = []
+        self.functions: dict[int, Function] = {}
+        self.extended: list[Extended] = []
+        self.result = driver.CUresult.CUDA_SUCCESS
+        self.pinned: list[Pinned] = []
         self.specs: list[KernelSpec] = []
         self.allocations_left: int | None = None
         self.devices = 8
@@ -249,7 +289,6 @@ class FakeCuPy(types.ModuleType):
         self.invalid = False  # whether captures come to nothing
         self.made = 0
         self.memory: list[tuple[weakref.ref[Any], int, int]] = []
-        FakeCuPy.latest = self
         self.pool: list[Any] | None = None  # a list is a pool that gives nothing out twice
         self.ndarray = Array
         self.stream_stack = [Stream(self, ptr=0)]
@@ -263,6 +302,7 @@ class FakeCuPy(types.ModuleType):
             Stream=lambda non_blocking=False: Stream(self, non_blocking=non_blocking),
             Event=lambda disable_timing=False: Event(self, disable_timing=disable_timing),
             get_current_stream=lambda: self.stream,
+            alloc_pinned_memory=self._pinned,
             runtime=types.SimpleNamespace(
                 CUDARuntimeError=CUDARuntimeError,
                 deviceGetAttribute=lambda attribute, device: ATTRIBUTES[attribute],
@@ -298,15 +338,57 @@ class FakeCuPy(types.ModuleType):
     def holds(self, address: int, nbytes: int) -> bool:
         """Whether there is an array that holds all of this memory."""
         self.memory = [one for one in self.memory if one[0]() is not None]
-        return any(
-            begin <= address and address + nbytes <= begin + size for _, begin, size in self.memory
-        )
+        kept = [(begin, size) for _, begin, size in self.memory]
+        kept += [(pinned.ptr, len(pinned)) for pinned in self.pinned]
+        return any(begin <= address and address + nbytes <= begin + size for begin, size in kept)
 
     def noted(self, array: Any) -> Any:
         """Return an array that NumPy made, whose memory is one of the device's now."""
         owner = array if array.base is None else array.base
         self.memory.append((weakref.ref(owner), array.ctypes.data, array.nbytes))
         return array
+
+    def _pinned(self, size: int) -> "Pinned":
+        self.pinned.append(Pinned(b"\xff" * size))
+        return self.pinned[-1]
+
+    def launch_extended(
+        self, config: Any, function: Any, parameters: Any, extra: int
+    ) -> tuple[Any]:
+        """Stand in for ``cuLaunchKernelEx``: take its arguments apart, and run the kernel."""
+        values, kinds = parameters
+        assert len(values) == len(kinds) and set(kinds) == {ctypes.c_int64}
+        assert extra == 0 and len(config.attrs) == config.numAttrs
+        attributes: dict[str, int] = {}
+        for attribute in config.attrs:
+            match attribute.id:
+                case driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION:
+                    size = attribute.value.clusterDim
+                    assert (size.y, size.z) == (1, 1)
+                    attributes["cluster"] = size.x
+                case driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE:
+                    attributes["cooperative"] = attribute.value.cooperative
+                case other:
+                    raise AssertionError(f"an attribute that nobody needs: {other}")
+        grid = (config.gridDimX, config.gridDimY, config.gridDimZ)
+        block = (config.blockDimX, config.blockDimY, config.blockDimZ)
+        stream = int(config.hStream)
+        self.extended.append(Extended(grid, block, config.sharedMemBytes, stream, attributes))
+        if self.result == driver.CUresult.CUDA_SUCCESS:
+            cluster = attributes.get("cluster", 1)
+            assert grid[0] % cluster == 0, "the grid counts blocks"
+            kernel = self.functions[int(function)]
+            assert cluster <= 8 or kernel.ptr in self.large_clusters
+            kernel.run(grid, block, tuple(values), config.sharedMemBytes, cluster)
+        return (self.result,)
+
+    def set_attribute(self, function: Any, attribute: Any, value: int) -> tuple[Any]:
+        """Stand in for ``cuFuncSetAttribute``."""
+        kinds = driver.CUfunction_attribute
+        assert attribute == kinds.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+        assert value == 1
+        self.large_clusters.append(int(function))
+        return (self.result,)
 
     def new(self, a: Any) -> Any:
         """Return a copy of a NumPy array on the current device."""
@@ -407,6 +489,9 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeCuPy:
         return str(len(fake.specs) - 1).encode()
 
     monkeypatch.setitem(__import__("sys").modules, "cupy", fake)
+    monkeypatch.setattr(driver, "cuLaunchKernelEx", fake.launch_extended)
+    monkeypatch.setattr(driver, "cuFuncSetAttribute", fake.set_attribute)
+    monkeypatch.setattr(reports, "_mapped", {})
     monkeypatch.setattr(engines, "cubin", cubin)
     monkeypatch.setattr(cublas, "_library", lambda: fake.cublas)
     monkeypatch.setattr(compiler, "entry_of", lambda code: build(fake.specs[int(code)]).__name__)

@@ -12,11 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from group_setup import SMALL_CARD
 from typer.testing import CliRunner
 
 from gpurnn import emulated, planning, validate
 from gpurnn.bench import (
     GPU_RUNS,
+    GRIDS,
+    GROUP_RUNS,
     Run,
     Shape,
     ahead,
@@ -37,6 +40,7 @@ from gpurnn.cli.bench import COLUMNS
 from gpurnn.cuda import operations
 from gpurnn.cuda.engines import Engine, current_emulation
 from gpurnn.cuda.specs import KernelSpec
+from gpurnn.planning import Group
 
 pytest.importorskip("greenlet", reason="the emulator needs greenlet")
 pytest.importorskip("numba.cuda", reason="the kernels need numba-cuda")
@@ -162,6 +166,19 @@ def test_peers_compute_the_gradients_that_we_compute(
     assert [(peer.X.grad is None, len(peer.results())) for peer in made] == [
         (ids, 5 if ids else 6)
     ] * 2
+
+
+@pytest.mark.parametrize("exchange", planning.EXCHANGES)
+def test_group_kernel_is_replayed_with_its_scratch_cleared(exchange: str) -> None:
+    """Else a replay finds all blocks there already, and does not wait for them: a race."""
+    with emulated(SMALL_CARD):
+        engine = current_emulation()
+        run = Run("group", Shape(3, 2, 4, 7), kernel=Group(2, exchange), peers=False)
+        (record,) = measured(engine, run)  # type: ignore[arg-type]
+    assert record["kernel"] == "group" and record["kernel_asked"].startswith("Group(blocks=2")
+    assert record["error"] < 1e-5
+    assert record["launches"] == {"forward": 1, "backward": 1}
+    json.dumps(record, allow_nan=False)
 
 
 def test_step_kernel_is_also_replayed_as_a_graph(engine: Engine) -> None:
@@ -317,6 +334,31 @@ def test_runs_are_the_shapes_that_were_promised() -> None:
         planning.plan(**vars(run.shape), dtype=run.dtype, device=H100, kernel=run.kernel)
 
 
+def test_runs_of_the_group_kernel() -> None:
+    """The issue's grid: h = 128 … 2048, n = 1 … 128, in three arithmetics, and a whole book."""
+    whole, *grid = GROUP_RUNS
+    assert (whole.shape.T, whole.shape.n, whole.shape.h) == (200_000, 1, 512)
+    assert (whole.kernel, whole.peers) == ("group", False)
+    kinds = {"group": ("float32", "ieee"), "group-tf32": ("float32", "tf32")}
+    for group, kind in kinds.items():
+        runs = [run for run in grid if run.group == group]
+        assert {(run.dtype, run.precision) for run in runs} == {kind}
+        assert {run.shape.h for run in runs} == {128, 256, 512, 1024, 2048}
+        assert {run.shape.n for run in runs} == {1, 8, 32, 128}
+    halves = [run for run in grid if run.group == "group-half"]
+    assert {run.dtype for run in halves} == {"float16", "bfloat16"}
+    assert len(grid) == 60 and all(run.peers and run.shape.d % 128 == 0 for run in grid)
+    assert GRIDS["default"] is GPU_RUNS and GRIDS["all"] == (*GPU_RUNS, *GROUP_RUNS)
+    for run in GROUP_RUNS:
+        planning.plan(
+            **vars(run.shape),
+            dtype=run.dtype,
+            device=H100,
+            kernel=run.kernel,
+            precision=run.precision,
+        )
+
+
 class Watching(RecordingEngine):
     """Remembers the kernels that are launched."""
 
@@ -327,8 +369,10 @@ class Watching(RecordingEngine):
         super().launch(spec, *rest, **more)
 
 
-@pytest.mark.parametrize("kernel", ["step", "concatenated", "resident", "gemm"])
-def test_kernels_compiled_ahead_are_those_that_run(engine: Engine, kernel: str) -> None:
+@pytest.mark.parametrize(
+    "kernel", ["step", "concatenated", "resident", "gemm", Group(2, "counter", 3)]
+)
+def test_kernels_compiled_ahead_are_those_that_run(engine: Engine, kernel: Any) -> None:
     watching = Watching(engine)
     watching.seen = set()
     X, h_0, W_xh, W_hh, b_h = common.Problem(TINY.shape).arguments(np.float32)
@@ -380,6 +424,11 @@ def test_floor_by_hand() -> None:
     wide = floors.floor(32, 1024, "float32", H100)
     assert wide.group > 10  # W_hh takes 4 MiB
     assert 0.9 < wide.us_per_step < 1.7  # the estimate by hand counts the exchange on top
+    tensor = floors.floor(32, 1024, "float16", H100, tensor=True)
+    assert tensor.us_per_step < wide.us_per_step
+    pair = floors.floor(1, 256, "float32", H100)
+    if pair.group > 1:  # a cluster's blocks are nearer to one another than to L2
+        assert pair.us_per_step <= (planning.LATENCY + 180) / 1755 + 1e-9
     assert floors.estimate(32, 1024, "float32", H100) == (1.7, 1.7)
     assert floors.estimate(1, 100, "float32", H100) == (0.2, 0.4)
     assert floors.estimate(1, 4096, "float32", H100) is None

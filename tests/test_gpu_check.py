@@ -258,10 +258,21 @@ def test_environment_of_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "sanitizer", lambda: "/opt/compute-sanitizer")
     parts = {p.name: p for p in check.parts_of(ROOT, tmp_path, tmp_path)}
-    assert list(parts) == ["import", "doctor", "tests", "memcheck", "racecheck", "bench"]
-    assert sum(p.limit for p in parts.values() if p.name != "bench") < check.BUDGET
-    command = parts["bench"].command(200.0)
-    assert command[command.index("--limit") + 1] == "150.0"
+    assert list(parts) == [
+        *("import", "doctor", "tests", "memcheck", "racecheck"),
+        *("probe", "soak", "group", "bench"),
+    ]
+    benchmarks = ("group", "bench")
+    assert sum(p.limit for p in parts.values() if p.name not in benchmarks) < check.BUDGET < 600
+    assert parts["soak"].limit <= 60
+    for name, grid in zip(benchmarks, ("group", "default"), strict=True):
+        command = parts[name].command(200.0)
+        assert command[command.index("--limit") + 1] == "150.0"
+        assert command[command.index("--grid") + 1] == grid
+        assert command[-1] == str(tmp_path / f"{name}.json")
+    command = parts["soak"].command(60.0)
+    assert command[-4:] == ["--soak", "9999", "--limit", "48.0"]
+    assert parts["probe"].command(9.0)[-3:] == ["--probe", "--out", str(tmp_path / "tuned.json")]
     assert str(ROOT / "tests" / "test_gpu.py") in parts["tests"].command(60.0)
     for tool in ("memcheck", "racecheck"):
         command = parts[tool].command(60.0)
@@ -311,6 +322,9 @@ def test_parts_run_without_what_they_do_not_need(tmp_path: Path) -> None:
     assert failed <= {"pooch", "greenlet"}, told  # they are installed here, and cannot be found
     code, told = outcome(parts["bench"].command(90.0))
     assert code == 2 and "there is no GPU to use" in told
+    for name in ("probe", "soak", "group"):
+        code, told = outcome(parts[name].command(90.0))
+        assert code == 2 and "there is no GPU to use" in told, name
     code, told = outcome([*parts["tests"].command(9.0), "--collect-only", "-q"])
     assert code == 0, told
     code, told = outcome([sys.executable, str(SCRIPT), "--cases"])
@@ -421,6 +435,35 @@ def test_exit_code_of_the_cases(monkeypatch: pytest.MonkeyPatch, details: Any, c
     findings = [Finding("a case", *detail) for detail in details]
     monkeypatch.setattr("gpurnn.doctor.kernels.gpu_checks", lambda: iter(findings))
     assert check.main(["--cases"]) == code
+
+
+def test_probes_are_judged(tmp_path: Path) -> None:
+    out = tmp_path / "tuned.json"
+    assert check.judge_probe(1, out) == (
+        "failed",
+        "no table was written, exit code 1: see log.txt",
+    )
+    latencies = {"l2": 150.4, "flag": 350, "counter": [[2, 500]], "cluster": [[2, 110]]}
+    out.write_text(json.dumps({"gpus": {"NVIDIA X": {"latencies_ns": latencies}}}))
+    assert check.judge_probe(0, out) == (
+        "passed",
+        "NVIDIA X: l2 150 ns, flag 350 ns, cluster of 2 110 ns",
+    )
+
+
+@pytest.mark.parametrize(
+    ("rc", "text", "outcome", "told"),
+    [
+        (0, "soak: 9 ran twice; 1 refused\n", "passed", "9 ran twice; 1 refused"),
+        (0, "soak: 0 ran twice; 9 refused\n", "failed", "0 ran twice; 9 refused"),
+        (1, "", "failed", "exit code 1: see log.txt"),
+        (0, "", "failed", "exit code 0: see log.txt"),
+    ],
+)
+def test_soak_is_judged(tmp_path: Path, rc: int, text: str, outcome: str, told: str) -> None:
+    out = tmp_path / "soak.txt"
+    out.write_text(text)
+    assert check.judge_soak(rc, out) == (outcome, told)
 
 
 def test_help_says_what_it_does() -> None:

@@ -1,4 +1,4 @@
-"""The group kernel under the emulator: every exchange, groups of 2 to 8 blocks, races looked for."""
+"""The group kernel under the emulator: every exchange, groups of 2 to 8 blocks, race check on."""
 
 import math
 from itertools import pairwise

@@ -57,7 +57,7 @@ def test_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
         if name.endswith(".py")
     }
     assert found == expected_modules()
-    assert "gpurnn/py.typed" in names
+    assert {"gpurnn/py.typed", "gpurnn/tuned.json"} <= set(names)
     assert not [n for n in names if n.startswith(("kernels/", "tests/", "notebooks/"))]
     assert any(n.endswith("LICENSE") for n in names)
 
@@ -84,6 +84,16 @@ def test_wheel_installed_elsewhere_finds_every_module(wheel: Path, tmp_path: Pat
     assert [name for name, _ in lines] == modules
     for name, file in lines:
         assert Path(file).is_relative_to(site), f"{name} came from {file}"
+    table = "from gpurnn import tuned; print(tuned.latencies('NVIDIA H100 80GB HBM3', 1.98).l2)"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", table],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert float(done.stdout) == 150
 
 
 def test_kernels_folder_is_not_importable_by_its_own_name() -> None:

@@ -8,12 +8,17 @@ import argparse
 import importlib.util
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from gpurnn.bench import command
 from gpurnn.bench.command import DEVICES, INSTALL, checked, draw, failures, measure
+from gpurnn.bench.soak import Outcome, SoakError
 
 __all__ = ["main"]
+
+TOLD_EVERY = 100  # trials of a soak
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,9 +30,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, help="on cuda: begin nothing new after so many s")
     parser.add_argument("--out", type=Path, help="write the result to this file, its plot beside")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--grid", default="default", help="on cuda: default, group or all")
+    parser.add_argument("--probe", action="store_true", help="only measure the GPU's latencies")
+    parser.add_argument("--soak", type=int, help="only run so many random shapes, twice each")
+    parser.add_argument("--seed", type=int, default=0, help="of the soak")
+    parser.add_argument("--kernel", help="of the soak; unset: all")
     given = parser.parse_args(arguments)
     try:
-        asked = checked(given.device, given.seconds, given.threads, given.limit, given.out, _note)
+        if given.soak is not None:
+            return _soak(given)
+        if given.probe:
+            return _probe(given)
+        asked = checked(
+            given.device,
+            given.seconds,
+            given.threads,
+            given.limit,
+            given.out,
+            _note,
+            given.grid,
+        )
     except ValueError as e:
         parser.error(str(e))
     try:
@@ -48,6 +70,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return _failed(f"no plot: {e}")
     told = failures(result)
     return _failed(told) if told else 0
+
+
+def _probe(given: argparse.Namespace) -> int:
+    asked = command.checked_probe(given.device, given.seconds, given.out, _note)
+    try:
+        found = command.measure_probes(asked, _note)
+        if given.json or asked.out is None:
+            print(json.dumps(found.as_json(), indent=2, ensure_ascii=False, allow_nan=False))
+        if asked.out is not None:
+            command.write_probes(found, asked.out)
+    except ImportError as e:
+        return _failed(f"{e} ({INSTALL})")
+    except (RuntimeError, OSError) as e:
+        return _failed(str(e))
+    return 0
+
+
+def _soak(given: argparse.Namespace) -> int:
+    asked = command.checked_soak(
+        given.device, given.soak, given.seed, given.kernel, given.limit, _note
+    )
+    begun = time.monotonic()
+
+    def progress(outcome: Outcome) -> None:
+        done = outcome.trial.index + 1
+        if done % TOLD_EVERY == 0:
+            _note(f"{done:,} of {asked.count:,} trials, {time.monotonic() - begun:.0f} s")
+
+    try:
+        found = command.soak(asked, _note, progress)
+    except SoakError as e:
+        return _failed(str(e))
+    except ImportError as e:
+        return _failed(f"{e} ({INSTALL})")
+    print(f"soak: {found}")
+    return 0
 
 
 def _note(message: str) -> None:

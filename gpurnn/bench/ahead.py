@@ -13,16 +13,18 @@ from concurrent.futures.process import BrokenProcessPool
 from gpurnn import planning
 from gpurnn.bench.common import Shape
 from gpurnn.bench.runs import Run
+from gpurnn.bench.soak import configurations, configurations_for
 from gpurnn.cuda.engines import cupy, limits_of
 from gpurnn.cuda.machine_code import cubin
 from gpurnn.cuda.specs import KernelSpec, Kind
 
-__all__ = ["compile_ahead", "compile_runs", "specs_of"]
+__all__ = ["compile_ahead", "compile_runs", "compile_soak", "specs_of"]
 
 MOST_PROCESSES = 12
 
 KINDS: dict[str, tuple[Kind, ...]] = {
     "resident": ("resident_forward", "resident_backward"),
+    "group": ("group_forward", "group_backward"),
     "step": ("step_forward", "step_backward"),
     "concatenated": ("step_concatenated", "step_backward"),
     "gemm": ("tail_forward", "layer_backward", "tail_backward"),
@@ -30,12 +32,22 @@ KINDS: dict[str, tuple[Kind, ...]] = {
 
 
 def specs_of(
-    shape: Shape, dtype: str, kernel: str | None, device: planning.Limits
+    shape: Shape,
+    dtype: str,
+    kernel: str | planning.Group | None,
+    device: planning.Limits,
+    precision: str = "ieee",
+    activation: str = "tanh",
 ) -> list[KernelSpec]:
-    """Return the kernels that a pass with tanh takes, forward and backward."""
-    plan = planning.plan(**vars(shape), dtype=dtype, device=device, kernel=kernel)
+    """Return the kernels that a pass takes, forward and backward."""
+    plan = planning.plan(
+        **vars(shape), dtype=dtype, device=device, kernel=kernel, precision=precision
+    )
     sizes = None if plan.kernel == "gemm" else plan.tile or planning.SIDE
-    return [KernelSpec(kind, sizes, "tanh", dtype) for kind in KINDS[plan.kernel]]
+    return [
+        KernelSpec(kind, sizes, activation, dtype, exchange=plan.exchange)
+        for kind in KINDS[plan.kernel]
+    ]
 
 
 def compile_runs(runs: Sequence[Run], *, limit: float | None = None) -> list[str]:
@@ -44,7 +56,25 @@ def compile_runs(runs: Sequence[Run], *, limit: float | None = None) -> list[str
     ``limit``: seconds after which no further compilation is begun.
     """
     device = limits_of(cupy().cuda.Device().id)
-    specs = [s for run in runs for s in specs_of(run.shape, run.dtype, run.kernel, device)]
+    specs = [
+        s for run in runs for s in specs_of(run.shape, run.dtype, run.kernel, device, run.precision)
+    ]
+    return compile_ahead(specs, device.compute_capability, limit=limit)
+
+
+def compile_soak(
+    count: int, seed: int, kernel: str | None, *, limit: float | None = None
+) -> list[str]:
+    """Compile what a soak (``gpurnn.bench.soak``) takes likewise."""
+    device = limits_of(cupy().cuda.Device().id)
+    specs = [
+        spec
+        for c in configurations(seed, configurations_for(count), kernel)
+        if not c.refusal(device)
+        for spec in specs_of(
+            Shape(1, c.n, 1, c.h), c.dtype, c.kernel, device, c.precision, c.activation
+        )
+    ]
     return compile_ahead(specs, device.compute_capability, limit=limit)
 
 

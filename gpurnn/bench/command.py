@@ -9,19 +9,39 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gpurnn import bench as benchmark
 from gpurnn import validate
+from gpurnn.bench.probe import Probed
+from gpurnn.bench.soak import SMALL, SMALL_CARD, Outcome
+from gpurnn.cuda.engines import current_emulation, emulated
 from gpurnn.files import write_atomically
+from gpurnn.planning import KERNELS
 
-__all__ = ["INSTALL", "Asked", "Result", "checked", "draw", "failures", "measure"]
+__all__ = [
+    "INSTALL",
+    "Asked",
+    "AskedSoak",
+    "Result",
+    "SoakCounts",
+    "checked",
+    "checked_probe",
+    "checked_soak",
+    "draw",
+    "failures",
+    "measure",
+    "measure_probes",
+    "soak",
+    "write_probes",
+]
 
 INSTALL = "in the source folder: pip install -e '.[bench]'"
 DEVICES = ("auto", "cpu", "cuda")
+SOAK_DEVICES = ("auto", "cuda", "emulator")
 SECONDS = {"cpu": 2.0, "cuda": 0.15}
 
 Note = Callable[[str], None]
@@ -36,6 +56,39 @@ class Asked:
     threads: int = 2
     limit: float | None = None
     out: Path | None = None
+    grid: str = "default"
+
+
+@dataclass(frozen=True)
+class AskedSoak:
+    """A soak that can be made, of so many trials; ``device`` is cuda or emulator."""
+
+    device: str
+    count: int
+    seed: int = 0
+    kernel: str | None = None
+    limit: float | None = None
+
+
+@dataclass
+class SoakCounts:
+    """What a soak has come to: trials that ran, that plan() refused, that were compared."""
+
+    ran: int = 0
+    refused: int = 0
+    compared: int = 0
+
+    def add(self, outcome: Outcome) -> None:
+        """Count one."""
+        self.ran += not outcome.refused
+        self.refused += bool(outcome.refused)
+        self.compared += outcome.checked
+
+    def __str__(self) -> str:
+        return (
+            f"{self.ran:,} ran twice with the same bits, {self.compared:,} of them compared with "
+            f"the reference; {self.refused:,} refused by plan()"
+        )
 
 
 @dataclass
@@ -66,6 +119,7 @@ def checked(
     limit: float | None,
     out: Path | None,
     note: Note,
+    grid: str = "default",
 ) -> Asked:
     """Return the run that is asked for; None in ``seconds`` is the device's own.
 
@@ -74,12 +128,106 @@ def checked(
     """
     where = _device(device, note)
     validate.positive("threads", threads)
+    validate.choice("grid", grid, tuple(benchmark.GRIDS))
+    _check_out(out)
+    _check_seconds(seconds=seconds, limit=limit)
+    seconds = SECONDS[where] if seconds is None else seconds
+    return Asked(where, seconds, threads, limit, out, grid)
+
+
+def checked_probe(device: str, seconds: float | None, out: Path | None, note: Note) -> Asked:
+    """Return the probing of a GPU that is asked for.
+
+    Raises:
+        ValueError: it cannot be made; the message says what came and what was expected.
+    """
+    if device not in ("auto", "cuda"):
+        raise ValueError(f"device is {device!r}: expected 'cuda' or 'auto' with --probe")
+    where = _device("cuda", note)
+    _check_out(out)
+    _check_seconds(seconds=seconds)
+    return Asked(where, SECONDS[where] if seconds is None else seconds, out=out)
+
+
+def checked_soak(
+    device: str, count: int, seed: int, kernel: str | None, limit: float | None, note: Note
+) -> AskedSoak:
+    """Return the soak that is asked for; "auto" is the GPU.
+
+    Raises:
+        ValueError: it cannot be made; the message says what came and what was expected.
+    """
+    if device not in SOAK_DEVICES:
+        raise ValueError(f"device is {device!r}: expected one of {', '.join(SOAK_DEVICES)}")
+    validate.positive("soak", count)
+    validate.at_least("seed", seed, 0)
+    if kernel is not None:
+        validate.choice("kernel", kernel, KERNELS)
+    _check_seconds(limit=limit)
+    where = device if device == "emulator" else _device("cuda", note)
+    return AskedSoak(where, count, seed, kernel, limit)
+
+
+def measure_probes(asked: Asked, note: Note) -> Probed:
+    """Run the probes.
+
+    Raises:
+        ImportError: something it needs is not installed.
+        RuntimeError: a probe cannot be run, or does not do what it is timed for.
+    """
+    with _stopped_by_sigterm():
+        return benchmark.measure_probes(seconds=asked.seconds, note=note)
+
+
+def write_probes(probed: Probed, out: Path) -> None:
+    """Write what has been probed, and what it depends on, into a table (``gpurnn.tuned``).
+
+    Raises:
+        ValueError: the file is there and is no such table.
+        OSError: it cannot be written.
+    """
+    benchmark.write_probes(probed, out, benchmark.gpu_environment())
+
+
+def soak(asked: AskedSoak, note: Note, progress: Callable[[Outcome], None]) -> SoakCounts:
+    """Run a soak; ``progress`` is told of every trial.
+
+    Raises:
+        SoakError: a trial failed; the message says which.
+        ImportError: something it needs is not installed.
+    """
+    found = SoakCounts()
+    with _stopped_by_sigterm(), ExitStack() as around:
+        options: dict[str, Any] = {}
+        begun = time.monotonic()
+        if asked.device == "emulator":
+            around.enter_context(emulated(SMALL_CARD, seed=asked.seed))
+            options = {"engine": current_emulation(), "sizes": SMALL, "every": 1}
+        else:
+            for failure in benchmark.compile_soak(
+                asked.count, asked.seed, asked.kernel, limit=asked.limit
+            ):
+                note(f"could not be compiled ahead: {failure}")
+        left = None
+        if asked.limit is not None:
+            left = max(0.0, asked.limit - (time.monotonic() - begun))
+        for outcome in benchmark.run_soak(
+            asked.count, seed=asked.seed, kernel=asked.kernel, limit=left, **options
+        ):
+            found.add(outcome)
+            progress(outcome)
+    return found
+
+
+def _check_out(out: Path | None) -> None:
     if out is not None and not out.parent.is_dir():
         raise ValueError(f"out is {out}: {out.parent} is not a folder")
-    for name, given in (("seconds", seconds), ("limit", limit)):
+
+
+def _check_seconds(**options: float | None) -> None:
+    for name, given in options.items():
         if given is not None:
             validate.number(name, given, "a finite number above 0", lambda x: 0 < x < math.inf)
-    return Asked(where, SECONDS[where] if seconds is None else seconds, threads, limit, out)
 
 
 def measure(asked: Asked, note: Note) -> dict[str, Any]:
@@ -172,21 +320,23 @@ def _on_gpu(asked: Asked, note: Note) -> dict[str, Any]:
     def left() -> float | None:
         return None if asked.limit is None else asked.limit - (time.monotonic() - begun)
 
+    runs = benchmark.GRIDS[asked.grid]
     result = Result(asked.out, lambda records: {"summary": benchmark.gpu_summary(records)})
     result.found = {
         "complete": False,
-        "runs": len(benchmark.GPU_RUNS),
+        "grid": asked.grid,
+        "runs": len(runs),
         "environment": benchmark.gpu_environment(),
         "overhead_us": {},
         "records": [],
     }
     result.keep()
     try:
-        for failure in benchmark.compile_runs(benchmark.GPU_RUNS, limit=left()):
+        for failure in benchmark.compile_runs(runs, limit=left()):
             note(f"could not be compiled ahead: {failure}")
         if (rest := left()) is None or rest > 0:
             result.found["overhead_us"] = _overhead(asked.seconds, note)
-        for record in benchmark.measure_gpu(seconds=asked.seconds, limit=left()):
+        for record in benchmark.measure_gpu(seconds=asked.seconds, limit=left(), runs=runs):
             result.add(record)
             _tell(record, note)
     except BaseException:

@@ -10,6 +10,7 @@ from gpurnn import reference, validate
 from gpurnn.bench.common import Problem
 from gpurnn.bench.runs import Run
 from gpurnn.cuda.engines import Engine
+from gpurnn.planning import Group
 
 __all__ = ["Data", "dtype_of", "exact_results", "on_host"]
 
@@ -20,6 +21,7 @@ class Data:
 
     arguments: tuple[Any, ...]
     dH: Any
+    precision: str = "ieee"
 
     @classmethod
     def of(cls, problem: Problem, run: Run, engine: Engine, T: int) -> "Data":
@@ -33,13 +35,13 @@ class Data:
         X, *rest = (xp.asarray(a) for a in problem.arguments(dtype))
         if run.ids:
             X = xp.asarray(problem.ids)
-        return cls((long(X), *rest), long(xp.asarray(problem.dH.astype(dtype))))
+        return cls((long(X), *rest), long(xp.asarray(problem.dH.astype(dtype))), run.precision)
 
-    def forward(self, kernel: str | None) -> Any:
+    def forward(self, kernel: str | Group | None) -> Any:
         """Run the forward pass."""
-        return F.rnn_forward(*self.arguments, kernel=kernel)
+        return F.rnn_forward(*self.arguments, kernel=kernel, precision=self.precision)
 
-    def both(self, kernel: str | None) -> list[Any]:
+    def both(self, kernel: str | Group | None) -> list[Any]:
         """Run forward and backward; return H and the gradients."""
         H, residuals = self.forward(kernel)
         return [H, *F.rnn_backward(self.dH, residuals)]

@@ -11,8 +11,8 @@ A step is bounded three ways, each in cycles, and takes at least the largest of 
 Rows of the batch are independent, so multiprocessors may work in groups: each group holds a copy of
 W_hh and takes its share of the rows. The floor is that of the best size of group; a group of one
 is the resident kernel's form. It belongs to the recurrence: the input's product and the gradients
-of the weights come on top. It is one without tensor cores, for half types too: with them the
-multiply-adds would take less.
+of the weights come on top. It is one without tensor cores, for half types too, unless they are
+asked for: then the states are 4 bytes on chip (TF32) or 2, and the multiply-adds take less.
 """
 
 import math
@@ -24,11 +24,12 @@ __all__ = ["ESTIMATES", "FORMULA", "Floor", "estimate", "floor"]
 
 FORMULA = (
     "max(rows · h² / (128 · SMs of a group), bytes on chip / width, latency) / clock, "
-    "rows = ⌈n / groups⌉, the best number of groups; without tensor cores"
+    "rows = ⌈n / groups⌉, the best number of groups; without tensor cores, unless a record says so"
 )
 SHARED_BYTES = 128.0  # a cycle, of one multiprocessor
 GATHER_BYTES = 64.0  # a cycle, of one multiprocessor from L2
 EXCHANGE = 2 * 263.0  # cycles: to L2 and back
+CLUSTER_EXCHANGE = 180.0  # cycles: to another block's shared memory
 USABLE = 0.75  # of registers and shared memory; the rest is for everything but W_hh
 
 
@@ -65,9 +66,12 @@ def estimate(n: int, h: int, dtype: str, device: Limits) -> tuple[float, float] 
     return None
 
 
-def floor(n: int, h: int, dtype: str, device: Limits) -> Floor:
-    """Return the least time of a step of n rows and h units on a device."""
-    size = 8 if dtype == "float64" else 4
+def floor(n: int, h: int, dtype: str, device: Limits, *, tensor: bool = False) -> Floor:
+    """Return the least time of a step of n rows and h units on a device.
+
+    ``tensor``: multiplied on tensor cores, float32 as TF32.
+    """
+    size = 8 if dtype == "float64" else 2 if tensor and dtype != "float32" else 4
     registers = 4 * device.registers_per_multiprocessor * USABLE
     held = registers + device.shared_per_multiprocessor * USABLE
     best: Floor | None = None
@@ -78,10 +82,10 @@ def floor(n: int, h: int, dtype: str, device: Limits) -> Floor:
         groups = max(1, min(n, device.multiprocessors // group))
         rows = math.ceil(n / groups)
         bounds = {
-            "multiply-adds": rows * h * h / group / _rate(dtype, device),
+            "multiply-adds": rows * h * h / group / _rate(dtype, device, tensor=tensor),
             "bytes on chip": max(0.0, own - registers) / SHARED_BYTES
             + (rows * h * size / GATHER_BYTES if group > 1 else 0.0),
-            "latency": LATENCY + (EXCHANGE if group > 1 else 0.0),
+            "latency": LATENCY + _exchange(group, device),
         }
         bound = max(bounds, key=lambda name: bounds[name])
         found = Floor(bounds[bound] / device.clock_ghz / 1e3, bound, group)
@@ -92,8 +96,18 @@ def floor(n: int, h: int, dtype: str, device: Limits) -> Floor:
     return best
 
 
-def _rate(dtype: str, device: Limits) -> float:
+def _exchange(group: int, device: Limits) -> float:
+    """Cycles from one block's states to another's: through the cluster's shared memory, or L2."""
+    if group == 1:
+        return 0.0
+    return CLUSTER_EXCHANGE if group <= device.largest_cluster else EXCHANGE
+
+
+def _rate(dtype: str, device: Limits, *, tensor: bool = False) -> float:
     """Multiply-adds that a multiprocessor begins in a cycle."""
+    if tensor:
+        halves = 2048.0 if device.compute_capability >= (9, 0) else 1024.0
+        return halves / 2 if dtype == "float32" else halves
     if dtype != "float64":
         return 128.0
     return 64.0 if device.half_rate_float64 else 2.0

@@ -25,6 +25,7 @@ __all__ = ["measure_gpu"]
 
 SAME = "the same floats"
 ONE_HOT = "one-hot floats of our ids, made before the clock starts; no gradient of them"
+TF32_LIMIT = ERROR_LIMITS["float16"]  # TF32's products have as many digits as float16
 CHECKED_WORK = 1 << 28  # n h² of all checked steps
 MOST_CHECKED_STEPS = 64
 
@@ -107,7 +108,7 @@ class _Punctual:
 
 
 def _measure(run: Run, engine: Engine, clock: Clock, due: _Due, seconds: float) -> dict[str, Any]:
-    shape, limit = run.shape, ERROR_LIMITS[run.dtype]
+    shape, limit = run.shape, _error_limit(run)
     steps = min(
         shape.T,
         max(4, min(MOST_CHECKED_STEPS, CHECKED_WORK // (shape.n * shape.h**2))),
@@ -127,11 +128,14 @@ def _measure(run: Run, engine: Engine, clock: Clock, due: _Due, seconds: float) 
         name: f["median"] / shape.T for name, f in times.items() if "median" in f
     }
     record["times_us"] = times
-    bound = floor(shape.n, shape.h, run.dtype, engine.limits)
+    half = run.precision == "ieee" and run.dtype in ("float16", "bfloat16")
+    tensor = record["kernel"] == "group" and (half or run.precision == "tf32")
+    bound = floor(shape.n, shape.h, run.dtype, engine.limits, tensor=tensor)
+    by_hand = None if tensor else estimate(shape.n, shape.h, run.dtype, engine.limits)
     record["floor"] = {
         **vars(bound),
-        "assumes": "no tensor cores",
-        "estimate_us_per_step": estimate(shape.n, shape.h, run.dtype, engine.limits),
+        "assumes": "tensor cores" if tensor else "no tensor cores",
+        "estimate_us_per_step": by_hand,
     }
     if record["kernel"] != "concatenated":  # whose kernel makes the input's product too
         record["over_floor"] = {
@@ -143,6 +147,10 @@ def _measure(run: Run, engine: Engine, clock: Clock, due: _Due, seconds: float) 
         record["peers"] = _peers(run, short, long, exact, engine, clock, due, seconds)
         record["ratios"] = _ratios(times, record["peers"])
     return record
+
+
+def _error_limit(run: Run) -> float:
+    return TF32_LIMIT if run.precision == "tf32" else ERROR_LIMITS[run.dtype]
 
 
 def _times(
@@ -160,7 +168,7 @@ def _times(
     ahead, back = RecordingEngine(engine), RecordingEngine(engine)
     phi = residuals.activation
     X, h_0, W_xh, W_hh, b_h = data.arguments
-    operations.rnn_forward(ahead, run.kernel, X, h_0, W_xh, W_hh, b_h, phi)
+    operations.rnn_forward(ahead, run.kernel, X, h_0, W_xh, W_hh, b_h, phi, run.precision)
     r = residuals
     operations.rnn_backward(back, r.plan, data.dH, r.X, r.states, r.Z, r.W_xh, r.W_hh, phi, None)
     record["launches"] = {"forward": ahead.count, "backward": back.count}
@@ -231,8 +239,7 @@ def _peer(
     small = make(short.as_floats(engine), short.dH, wants_dX)
     with small.setting():
         came = small.results()
-    wide = ERROR_LIMITS["float16"]  # of TF32's products: as many digits as float16 has
-    limit = wide if name == "torch_tf32" else ERROR_LIMITS[run.dtype]
+    limit = TF32_LIMIT if name == "torch_tf32" else ERROR_LIMITS[run.dtype]
     record: dict[str, Any] = {
         "error": relative_error(came, exact[: len(came)], name, limit),
         "input": ONE_HOT if run.ids else SAME,

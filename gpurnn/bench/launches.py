@@ -67,15 +67,15 @@ class RecordingEngine:
 
     @property
     def patience(self) -> int:
-        """How often a thread polls before it gives up."""
+        """How often a thread polls for another block."""
         return self.inner.patience
 
     def report(self, blocks: int) -> Any:
-        """Return the inner engine's."""
+        """Return where blocks report."""
         return self.inner.report(blocks)
 
     def check_reports(self) -> None:
-        """Raise if a block gave up."""
+        """Raise if a block of an earlier launch reported."""
         self.inner.check_reports()
 
     def product(self, A: Any, B: Any, out: Any) -> None:

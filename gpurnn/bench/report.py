@@ -18,7 +18,7 @@ NOTES = {
     "nothing; ours keeps what its backward pass needs",
     "ids": "where our X holds token ids, peers get one-hot floats made before the clock starts, "
     "and compute no gradient of them",
-    "floor": "of the recurrence alone, without tensor cores",
+    "floor": "of the recurrence alone; with tensor cores only where the record says so",
 }
 """What has to be known to read the figures; goes with them."""
 

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpurnn.bench.common import Shape
+from gpurnn.planning import Group
 
-__all__ = ["GPU_RUNS", "Run"]
+__all__ = ["GPU_RUNS", "GRIDS", "GROUP_RUNS", "Run"]
 
 MOST_ELEMENTS = 1 << 26  # of a (T, n, h) array
 MOST_STEPS = 1024
@@ -17,16 +18,17 @@ class Run:
 
     ``kernel`` None leaves the choice to the plan. ``ids``: X holds token ids, peers get the one-hot
     matrix ready-made, and its gradient is asked of nobody. ``jax``: compile and time JAX's scan
-    too, which takes seconds.
+    too, which takes seconds. ``precision`` is that of our recurrence; PyTorch is timed in both.
     """
 
     group: str
     shape: Shape
     dtype: str = "float32"
-    kernel: str | None = None
+    kernel: str | Group | None = None
     ids: bool = False
     peers: bool = True
     jax: bool = False
+    precision: str = "ieee"
 
     def about(self) -> dict[str, Any]:
         """Return what names this run in a record."""
@@ -34,7 +36,8 @@ class Run:
             "group": self.group,
             "shape": vars(self.shape),
             "dtype": self.dtype,
-            "kernel_asked": self.kernel,
+            "precision": self.precision,
+            "kernel_asked": None if self.kernel is None else str(self.kernel),
             "ids": self.ids,
         }
 
@@ -79,3 +82,29 @@ GPU_RUNS: tuple[Run, ...] = (
     *_forms(),
 )
 """In the order in which they are measured: where time is short, the last ones are left out."""
+
+
+def _group_grid() -> list[Run]:
+    """Widths that one block cannot hold, and the widest that it can, for all three arithmetics.
+
+    d is a multiple of 128 and n of 8 where it is not 1, which PyTorch's fast kernels want.
+    """
+    found = []
+    for n in (1, 8, 32, 128):
+        for h in (128, 256, 512, 1024, 2048):
+            shape = Shape(max(16, _steps(n, h) // 2), n, 128, h)
+            found.append(Run("group", shape))
+            found.append(Run("group-tf32", shape, precision="tf32"))
+            found.append(Run("group-half", shape, dtype="bfloat16" if n == 8 else "float16"))
+    return found
+
+
+GROUP_RUNS: tuple[Run, ...] = (
+    # The whole of The Time Machine without truncation: PyTorch would take half a minute to time.
+    Run("whole-book", Shape(200_000, 1, 28, 512), kernel="group", ids=True, peers=False),
+    *_group_grid(),
+)
+"""h = 128 … 2048, n = 1 … 128, and a whole book in one sequence."""
+
+GRIDS = {"default": GPU_RUNS, "group": GROUP_RUNS, "all": (*GPU_RUNS, *GROUP_RUNS)}
+"""What ``gpurnn bench --grid`` may name."""

@@ -9,6 +9,8 @@ from rich.table import Table
 
 from gpurnn.bench import command
 from gpurnn.cli.output import FAILED, MISTAKE, err, fail, mistakes, note, print_json, reason
+from gpurnn.cli.probe import run_probes
+from gpurnn.cli.soak import run_soak
 
 __all__ = ["bench"]
 
@@ -33,6 +35,29 @@ def bench(
         typer.Option(help="Measure nothing: draw the plot of this earlier result beside it."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    grid: Annotated[
+        str,
+        typer.Option(
+            help="On cuda: what to measure: default, group (W_hh over several blocks) or all."
+        ),
+    ] = "default",
+    probe: Annotated[
+        bool,
+        typer.Option(
+            "--probe",
+            help="On cuda: measure the GPU's latencies instead; --out is a table for GPURNN_TUNED.",
+        ),
+    ] = False,
+    soak: Annotated[
+        int | None,
+        typer.Option(
+            help="Run so many random shapes twice instead, on cuda or, small ones, on emulator."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the soak.")] = 0,
+    kernel: Annotated[
+        str | None, typer.Option(help="Of the soak, by name; unset: all of them.")
+    ] = None,
 ) -> None:
     """Time rnn_forward + rnn_backward (tanh), on NumPy or a GPU, and whatever else is installed.
 
@@ -41,8 +66,14 @@ def bench(
     if plot is not None:
         _draw(plot)
         return
+    if soak is not None:
+        run_soak(device, soak, seed, kernel, limit)
+        return
+    if probe:
+        run_probes(device, seconds, out, as_json=as_json)
+        return
     with mistakes():
-        asked = command.checked(device, seconds, threads, limit, out, note)
+        asked = command.checked(device, seconds, threads, limit, out, note, grid)
     try:
         with err.status("measuring"):
             result = command.measure(asked, note)

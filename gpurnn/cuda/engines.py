@@ -3,7 +3,6 @@
 The operations in ``gpurnn.cuda.operations`` are written once, against ``Engine``.
 """
 
-import importlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
@@ -16,6 +15,7 @@ import numpy as np
 from gpurnn import compiler, planning
 from gpurnn.cuda import cublas, graphs, launching, reports
 from gpurnn.cuda.machine_code import cubin
+from gpurnn.cuda.packages import needed
 from gpurnn.cuda.specs import MOST_KEPT, KernelSpec, build
 
 __all__ = [
@@ -177,7 +177,7 @@ class GPUEngine:
         return GPU_PATIENCE
 
     def report(self, blocks: int) -> Array:
-        return reports.mapped(cupy(), self.index, blocks).array
+        return reports.mapped(cupy(), self.index).array(blocks)
 
     def check_reports(self) -> None:
         reports.check(self.index)
@@ -223,23 +223,14 @@ class GPUEngine:
 @cache
 def cupy() -> Any:
     """Import CuPy."""
-    return _needed("cupy", "arrays on a GPU need CuPy", "cuda13")
-
-
-def _needed(module: str, why: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as e:
-        raise ImportError(
-            f"{why}, and {module} could not be imported ({e}): pip install 'gpurnn[{extra}]'"
-        ) from e
+    return needed("cupy", "arrays on a GPU need CuPy", "cuda13")
 
 
 @lru_cache(maxsize=MOST_KEPT)
 def _function(spec: KernelSpec, device: int, shared: int, cluster: int) -> Any:
     """Load a kernel onto a device; let it have so much dynamic shared memory, and such clusters."""
     cuda = cupy().cuda
-    _needed("numba.cuda", "kernels are compiled by numba-cuda", "cuda13")
+    needed("numba.cuda", "kernels are compiled by numba-cuda", "cuda13")
     with cuda.Device(device):
         module = cuda.Module()
         code = cubin(spec, limits_of(device).compute_capability)
@@ -441,7 +432,7 @@ def emulated(
     """
     engine = EmulatedEngine(planning.limits("device", device), seed, check_races)
     for module in ("numba.cuda", "greenlet"):
-        _needed(module, "the emulator runs Numba's kernels as greenlets", "emulator")
+        needed(module, "the emulator runs Numba's kernels as greenlets", "emulator")
     token = _emulation.set(engine)
     try:
         yield

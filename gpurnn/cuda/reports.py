@@ -17,30 +17,33 @@ MOST_BLOCKS = 1 << 16
 
 
 class Mapped:
-    """The report of one device: ``words`` as the host sees them, ``array`` as kernels take it."""
+    """The report of one device: ``words`` are as the host sees them, (MOST_BLOCKS,)."""
 
-    def __init__(self, memory: Any, blocks: int):
+    def __init__(self, memory: Any):
         self.memory = memory  # kept alive
-        self.words: NDArray[np.uint32] = np.frombuffer(memory, np.uint32, blocks)
+        self.words: NDArray[np.uint32] = np.frombuffer(memory, np.uint32, MOST_BLOCKS)
         self.words[:] = 0
-        self.array = SimpleNamespace(
-            shape=(blocks,), itemsize=4, data=SimpleNamespace(ptr=memory.ptr)
+
+    def array(self, blocks: int) -> Any:
+        """Return the words of the first ``blocks`` blocks, as ``Engine.launch`` takes an array.
+
+        Raises:
+            ValueError: there are more blocks than it has room for.
+        """
+        if blocks > MOST_BLOCKS:
+            raise ValueError(f"a grid of {blocks:,} blocks: expected at most {MOST_BLOCKS:,}")
+        return SimpleNamespace(
+            shape=(blocks,), itemsize=4, data=SimpleNamespace(ptr=self.memory.ptr)
         )
 
 
 _mapped: dict[int, Mapped] = {}
 
 
-def mapped(cupy: Any, device: int, blocks: int) -> Mapped:
-    """Return the report of a device, made when it is first asked for.
-
-    Raises:
-        ValueError: there are more blocks than it has room for.
-    """
-    if blocks > MOST_BLOCKS:
-        raise ValueError(f"a grid of {blocks:,} blocks: expected at most {MOST_BLOCKS:,}")
+def mapped(cupy: Any, device: int) -> Mapped:
+    """Return the report of a device, made when it is first asked for."""
     if device not in _mapped:
-        _mapped[device] = Mapped(cupy.cuda.alloc_pinned_memory(4 * MOST_BLOCKS), MOST_BLOCKS)
+        _mapped[device] = Mapped(cupy.cuda.alloc_pinned_memory(4 * MOST_BLOCKS))
     return _mapped[device]
 
 

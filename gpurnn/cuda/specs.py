@@ -12,7 +12,7 @@ from gpurnn.activation import Activation
 from gpurnn.compiler import ArraySpec
 from gpurnn.tile import Share, TensorShare, Tile
 
-__all__ = ["MOST_KEPT", "KernelSpec", "Kind", "build", "signature"]
+__all__ = ["ARGUMENTS", "MOST_KEPT", "KernelSpec", "Kind", "build", "signature"]
 
 MOST_KEPT = 1024
 """Kernels that stay in memory at once: someone may make an activation anew for each call."""
@@ -22,7 +22,7 @@ STORED = {"float32": "float32", "float64": "float64", "float16": "uint16", "bflo
 
 # Axes of each array argument in its order, "r" before them where it is of the type computed with;
 # "i" stands for an integer, "words" and "report" for the flat arrays of integers that a group
-# kernel wants beside.
+# kernel wants beside, and a probe alone.
 BESIDE = {"words": "uint64", "report": "uint32"}
 ARGUMENTS: dict[str, tuple[int | str, ...]] = {
     "resident_forward": (1, 1, 2, 1, "i", "i"),
@@ -36,6 +36,12 @@ ARGUMENTS: dict[str, tuple[int | str, ...]] = {
     "layer_backward": (1, 1, 1),
     "tail_forward": ("r2", 3, 3, 1, "i"),
     "tail_backward": ("r2", 3, 3, 3, "i"),
+    "probe_launch": (),
+    "probe_l2": ("report", "report", "i"),
+    "probe_remote": ("report", "i"),
+    "probe_cluster": ("report", "i"),
+    "probe_flag": ("words", "report", "i", "i"),
+    "probe_counter": ("words", "report", "i", "i"),
 }
 
 
@@ -51,6 +57,12 @@ Kind = Literal[
     "layer_backward",
     "tail_forward",
     "tail_backward",
+    "probe_launch",
+    "probe_l2",
+    "probe_remote",
+    "probe_cluster",
+    "probe_flag",
+    "probe_counter",
 ]
 
 
@@ -59,8 +71,9 @@ class KernelSpec:
     """A kernel, and what it is compiled for.
 
     ``kind`` is a key of ``ARGUMENTS``. ``sizes`` is the tile of a resident kernel, the share of a
-    group kernel, the side of a tiled one, None for ``layer_backward`` and the tails. ``scaled``
-    backward kernels take ξ as well. ``exchange`` is that of a group kernel.
+    group kernel, the side of a tiled one, None for ``layer_backward``, the tails and probes.
+    ``scaled`` backward kernels take ξ as well. ``exchange`` is that of a group kernel. A probe is
+    one kernel whatever its activation and dtype.
     """
 
     kind: Kind
@@ -107,7 +120,7 @@ def build(spec: KernelSpec) -> Callable[..., None]:
     """Return the kernel's Python function."""
     from numba.cuda import types
 
-    from gpurnn.kernels import activations, group, layer, resident, step, tail
+    from gpurnn.kernels import activations, group, layer, probes, resident, step, tail
     from gpurnn.kernels.storage import STORAGES
 
     storage = STORAGES[spec.dtype]
@@ -142,4 +155,6 @@ def build(spec: KernelSpec) -> Callable[..., None]:
             made = tail.forward(pair, storage)
         case "tail_backward":
             made = tail.backward(pair, storage, scaled=spec.scaled)
+        case _:
+            made = getattr(probes, spec.kind)
     return made

@@ -112,8 +112,14 @@ def _plan(
         return _group(n, h, dtype, precision, device, wish)
     measured = tuned.choice(device.name, dtype=dtype, precision=precision, n=n, h=h)
     if measured is not None:
-        named = _plan(T, n, h, dtype, device, _named(measured), precision)
-        return replace(named, why=("the fastest measured on this GPU, by its table", *named.why))
+        try:
+            best = _plan(T, n, h, dtype, device, _named(measured), precision)
+        except ValueError as e:
+            raise ValueError(
+                f"the table of measured choices names for {device.name}, n = {n}, h = {h} what "
+                f"cannot be: {e}"
+            ) from e
+        return replace(best, why=("the fastest measured on this GPU, by its table", *best.why))
     found = list(group_plans(n, h, dtype, precision, device, Group()))
     for cost, resident in resident_plans(n, h, dtype, device):
         if precision == "tf32":

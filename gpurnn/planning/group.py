@@ -88,9 +88,11 @@ def group_plans(
             if at_once == 0:
                 continue
             for rows in _rows(n, at_once) if wish.rows is None else (wish.rows,):
-                for share in _shares(h, blocks, rows, dtype, precision):
-                    if share.shared_bytes <= device.shared_per_block:
-                        found.append(_plan(n, share, exchange, at_once, device))
+                found += [
+                    _plan(n, share, exchange, at_once, device)
+                    for share in _shares(h, blocks, rows, dtype, precision)
+                    if share.shared_bytes <= device.shared_per_block
+                ]
     return tuple(found)
 
 
@@ -119,8 +121,8 @@ def why_no_group(h: int, dtype: str, device: Limits, wish: Group) -> str:
     at = "" if wish.blocks is None else f" over {wish.blocks} blocks"
     rows = "" if wish.rows is None else f" and the states of {wish.rows} rows"
     return (
-        f"W_hh ({h}, {h}){at}{rows} is more than the multiprocessors of {device.name} hold: expected "
-        "a smaller h, more blocks, fewer rows, or kernel 'gemm'"
+        f"W_hh ({h}, {h}){at}{rows} is more than the multiprocessors of {device.name} hold: "
+        "expected a smaller h, more blocks, fewer rows, or kernel 'gemm'"
     )
 
 
@@ -249,8 +251,8 @@ def _plan(
         f"{counted(share.slice_rows, 'row')} of the batch each, {share.rows} at a time; "
         f"{counted(waves, 'wave')}",
         f"exchange: {how}",
-        f"about {step / 1e3:.2f} µs a step by the model: {product / device.clock_ghz / 1e3:.2f} for "
-        f"the product, the rest for the exchange",
+        f"about {step / 1e3:.2f} µs a step by the model: "
+        f"{product / device.clock_ghz / 1e3:.2f} for the product, the rest for the exchange",
     )
     plan = Plan(
         "group",

@@ -49,11 +49,11 @@ class Plan:
     """How one call runs; ``str(plan)`` explains it.
 
     ``grid`` counts blocks, ``block`` threads (x, y, z); ``shared`` is dynamic shared memory, bytes.
-    ``launches`` are those of the forward pass. ``tile`` has the sizes of a resident or group kernel,
-    None for others. Of a group kernel, ``exchange`` says how its blocks tell one another their
-    states, and ``cluster`` how many of them are a cluster. ``chunk`` is the steps of a gemm graph, at
-    most; with 0 nothing is captured. Of gemm ``grid`` and ``block`` are those of what follows the
-    product. ``precision`` is how products with W_hh treat float32.
+    ``launches`` are those of the forward pass. ``tile`` has the sizes of a resident or group
+    kernel, None for others. Of a group kernel, ``exchange`` says how its blocks tell one another
+    their states, and ``cluster`` how many of them are a cluster. ``chunk`` is the steps of a gemm
+    graph, at most; with 0 nothing is captured. Of gemm ``grid`` and ``block`` are those of what
+    follows the product. ``precision`` is how products with W_hh treat float32.
     """
 
     kernel: str
@@ -98,4 +98,5 @@ def tiled_grid(rows: int, columns: int) -> tuple[int, int, int]:
 
 
 def counted(number: int, one: str, many: str | None = None) -> str:
+    """Return a number and what it counts, one of them or many."""
     return f"{number:,} {one if number == 1 else many or one + 's'}"
