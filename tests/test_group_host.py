@@ -14,7 +14,7 @@ from tolerance import assert_close, assert_same_bits
 
 import gpurnn
 from gpurnn import functional as F
-from gpurnn.cuda import engines, launching, operations, reports
+from gpurnn.cuda import engines, launching, reports
 from gpurnn.cuda.specs import KernelSpec
 from gpurnn.planning import Group
 
