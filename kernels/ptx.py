@@ -613,7 +613,8 @@ def load_floats4(typing: Any, array: Any, index: Any) -> Any:
     """Read ``array[index]`` to ``array[index + 3]``, float32, as one vector → UniTuple(float32, 4).
 
     The array is flat and its beginning aligned to 16 bytes; index is a multiple of 4. An ordinary
-    load: the compiler may move it, and finds out itself that the memory is shared.
+    load: the compiler may move it, and finds out itself that the memory is shared. PTX ISA, "Data
+    Movement and Conversion Instructions: ld", ``ld.v4``.
     """
     if not isinstance(array, types.Array) or array.ndim != 1 or array.dtype != float32:
         return None
@@ -664,7 +665,7 @@ def load_relaxed_pair(typing: Any, array: Any, index: Any) -> Any:
 
 
 def _emulated_float_bits(cuda: Any, x: float) -> Any:
-    return uint32(struct.unpack("<I", struct.pack("<f", x))[0])
+    return float32(x).view("u4")  # NaN and all
 
 
 @_instruction(_emulated_float_bits)
@@ -674,7 +675,7 @@ def float_bits(typing: Any, x: Any) -> Any:
 
 
 def _emulated_bits_float(cuda: Any, bits: int) -> Any:
-    return _float_of(int(bits))
+    return uint32(bits).view("f4")
 
 
 @_instruction(_emulated_bits_float)

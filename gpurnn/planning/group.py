@@ -90,7 +90,7 @@ def group_plans(
             for rows in _rows(n, at_once) if wish.rows is None else (wish.rows,):
                 found += [
                     _plan(n, share, exchange, at_once, device)
-                    for share in _shares(h, blocks, rows, dtype, precision)
+                    for share in _shares(h, blocks, rows, dtype, precision, exchange)
                     if share.shared_bytes <= device.shared_per_block
                 ]
     return tuple(found)
@@ -165,14 +165,14 @@ def _rows(n: int, at_once: int) -> tuple[int, ...]:
 
 
 def _shares(
-    h: int, blocks: int, rows: int, dtype: str, precision: str
+    h: int, blocks: int, rows: int, dtype: str, precision: str, exchange: str
 ) -> Iterator[Share | TensorShare]:
     """Yield the ways in which a block can share out its columns for so many rows of the batch."""
     columns = -(-h // blocks)
     if dtype == "float32" and precision == "ieee":
         yield from _plain_shares(h, blocks, columns, rows)
     else:
-        yield from _tensor_shares(h, blocks, columns, rows, dtype)
+        yield from _tensor_shares(h, blocks, columns, rows, dtype, exchange)
 
 
 def _plain_shares(h: int, blocks: int, columns: int, rows: int) -> Iterator[Share]:
@@ -204,7 +204,7 @@ def registers_of(threads: int) -> int:
 
 
 def _tensor_shares(
-    h: int, blocks: int, columns: int, rows: int, dtype: str
+    h: int, blocks: int, columns: int, rows: int, dtype: str, exchange: str
 ) -> Iterator[TensorShare]:
     kind = "tf32" if dtype == "float32" else dtype
     slices = 8 if kind == "tf32" and h > 1024 else 4
@@ -216,8 +216,18 @@ def _tensor_shares(
         if (tiles > 1 and 4 * tiles >= rows) or passes > MOST_PASSES:
             continue
         share = TensorShare(h, blocks, tiles, passes, slices, warps, kind)
-        if share.registers + 80 + 8 * tiles <= registers_of(share.threads):
+        if share.registers + _other_registers(share, exchange) <= registers_of(share.threads):
             yield share
+
+
+def _other_registers(share: TensorShare, exchange: str) -> int:
+    """Registers that a thread needs beside those for weights, so that nothing is spilled.
+
+    Found by compiling, see ``tests/resources.json``. A store into another block's shared memory
+    takes an address of two registers, and all of a value's are under way together.
+    """
+    sums = 8 * share.tiles
+    return sums + (32 + 2 * share.blocks if exchange == "cluster" else 72)
 
 
 def _plan(
