@@ -16,7 +16,6 @@ KERNELS = ("step", "resident", "group", "concatenated", "gemm")
 """Kernels that ``kernel=`` may name."""
 
 IEEE_ONLY = ("step", "resident", "concatenated")
-TENSOR_CORES = (8, 0)  # compute capability from which on there is mma for bfloat16 and TF32
 
 WORTH_A_GROUP = 0.8
 """A group must promise so much of the resident kernel's time, or less: its model is the rougher."""
@@ -65,7 +64,7 @@ def plan(
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}: expected one of {', '.join(PRECISIONS)}")
     major, minor = device.compute_capability
-    if dtype == "bfloat16" and (major, minor) < TENSOR_CORES:
+    if dtype == "bfloat16" and not device.tensor_cores:
         raise ValueError(
             f"dtype is 'bfloat16' and {device.name} has compute capability {major}.{minor}: "
             "expected 8.0 or higher, or another dtype"
@@ -74,7 +73,7 @@ def plan(
         raise ValueError(
             f"precision is 'tf32' and dtype {dtype}: expected dtype float32, or 'ieee'"
         )
-    if precision == "tf32" and (major, minor) < TENSOR_CORES:
+    if precision == "tf32" and not device.tensor_cores:
         raise ValueError(
             f"precision is 'tf32' and {device.name} has compute capability {major}.{minor}: "
             "expected 8.0 or higher, or 'ieee'"

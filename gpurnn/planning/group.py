@@ -79,7 +79,7 @@ def group_plans(
     n: int, h: int, dtype: str, precision: str, device: Limits, wish: Group
 ) -> tuple[tuple[float, Plan], ...]:
     """Return nanoseconds a step and plan of every way that fits and that ``wish`` leaves open."""
-    if dtype == "float64":
+    if dtype == "float64" or (dtype != "float32" and not device.tensor_cores):
         return ()
     found = []
     for exchange in EXCHANGES if wish.exchange is None else (wish.exchange,):
@@ -100,6 +100,12 @@ def why_no_group(h: int, dtype: str, device: Limits, wish: Group) -> str:
     """Return why ``group_plans`` found nothing, and what was expected."""
     if dtype == "float64":
         return "dtype is float64: expected float32, float16 or bfloat16"
+    if dtype != "float32" and not device.tensor_cores:
+        major, minor = device.compute_capability
+        return (
+            f"dtype is {dtype} and {device.name} has compute capability {major}.{minor}: expected "
+            "8.0 or higher, or float32"
+        )
     if wish.exchange == "cluster" and not device.largest_cluster:
         major, minor = device.compute_capability
         return (
@@ -137,7 +143,8 @@ def scratch_words(plan: Plan) -> int:
 
 def _all_sizes(exchange: str, device: Limits) -> tuple[int, ...]:
     if exchange == "cluster":
-        return tuple(size for size in CLUSTERS if size <= device.largest_cluster)
+        most = min(device.largest_cluster, device.multiprocessors)
+        return tuple(size for size in CLUSTERS if size <= most)
     return tuple(range(2, device.multiprocessors + 1))
 
 
