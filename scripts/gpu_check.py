@@ -17,13 +17,14 @@ whatever the one before came to, each with its own time limit:
     racecheck  the same
     probe      what the GPU's exchanges between blocks take
     soak       random shapes, each twice, for a minute at most
-    group      the benchmark of the kernel that splits W_hh over blocks, and a whole book in one pass
+    group      the benchmark where W_hh is split over blocks, and of a whole book in one pass
     bench      the benchmark
 
 In the folder --out (else $OUT, else gpu-results) it writes summary.json (outcome, exit code and
 seconds of each part), imports.json, doctor.json, tests.json, tuned.json (a table for GPURNN_TUNED),
-soak.txt, group.json and bench.json with their plots, and log.txt, all that was printed. Exit code: 0 every part passed; 1 one failed or ran out of time; 3
-none failed, but one could not be run, and summary.json says why; 2 a mistake in the command.
+soak.txt, group.json and bench.json with their plots, and log.txt, all that was printed. Exit code:
+0 every part passed; 1 one failed or ran out of time; 3 none failed, but one could not be run, and
+summary.json says why; 2 a mistake in the command.
 """
 
 import argparse

@@ -607,6 +607,18 @@ def test_plot(tmp_path: Path) -> None:
     assert not (tmp_path / "none.png").exists()
 
 
+def test_plot_of_the_group_kernel_alone(tmp_path: Path) -> None:
+    found = result()
+    for record in found["records"]:
+        record["group"] = "group"
+    plot(found, tmp_path / "figures.png")
+    assert (tmp_path / "figures.png").read_bytes().startswith(b"\x89PNG")
+    for record in found["records"]:
+        record["group"] = "group-tf32"
+    with pytest.raises(ValueError, match="no timed record of the group 'grid' or 'group'"):
+        plot(found, tmp_path / "figures.png")
+
+
 def test_lines_of_the_plot() -> None:
     from gpurnn.bench import plots
 
