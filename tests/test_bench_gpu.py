@@ -318,6 +318,12 @@ def test_summary() -> None:
         "runs": 2,
     }
     assert found["concatenated_over_split"] == [{"shape": [1, 2, 3, 4], "forward": 1.5}]
+    rounded = {**record(100.0), "group": "group-tf32", "precision": "tf32"}
+    found = gpu_summary([record(2.0), record(8.0), rounded])
+    assert found["ratios"]["torch_ieee"]["forward"]["runs"] == 2, "like with like"
+    by_group = found["ratios_by_group"]
+    assert set(by_group) == {"grid", "group-tf32"}
+    assert by_group["group-tf32"]["torch_ieee"]["forward"]["least"] == 100.0
 
 
 def test_runs_are_the_shapes_that_were_promised() -> None:

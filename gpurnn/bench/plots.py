@@ -24,7 +24,8 @@ PASSES = {"forward": "forward", "forward_backward": "forward + backward"}
 def plot(result: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Draw the records of the group "grid" of a result of ``gpurnn bench --device cuda``, as a PNG.
 
-    Where it has none, those of the group "group" (``--grid group``), float32 as IEEE has it. Rows of panels: forward, and forward + backward; columns: n. Both axes are logarithmic.
+    Where it has none, those of the group "group" (``--grid group``), float32 as IEEE has it. Rows
+    of panels: forward, and forward + backward; columns: n. Both axes are logarithmic.
 
     Raises:
         ValueError: the result has no such record.
