@@ -17,7 +17,7 @@ whatever the one before came to, each with its own time limit:
     racecheck  the same
     probe      what the GPU's exchanges between blocks take
     soak       random shapes, each twice, for a minute at most
-    group      the benchmark of kernels that split W_hh over blocks, and a whole book in one pass
+    group      the benchmark where W_hh is split over blocks, and of a whole book in one pass
     bench      the benchmark
 
 In the folder --out (else $OUT, else gpu-results) it writes summary.json (outcome, exit code and

@@ -318,6 +318,12 @@ def test_summary() -> None:
         "runs": 2,
     }
     assert found["concatenated_over_split"] == [{"shape": [1, 2, 3, 4], "forward": 1.5}]
+    rounded = {**record(100.0), "group": "group-tf32", "precision": "tf32"}
+    found = gpu_summary([record(2.0), record(8.0), rounded])
+    assert found["ratios"]["torch_ieee"]["forward"]["runs"] == 2, "like with like"
+    by_group = found["ratios_by_group"]
+    assert set(by_group) == {"grid", "group-tf32"}
+    assert by_group["group-tf32"]["torch_ieee"]["forward"]["least"] == 100.0
 
 
 def test_runs_are_the_shapes_that_were_promised() -> None:
@@ -623,6 +629,18 @@ def test_plot(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no timed record of the group 'grid'"):
         plot({"records": [{"group": "grid", "failed": "?"}]}, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_plot_of_the_group_kernel_alone(tmp_path: Path) -> None:
+    found = result()
+    for record in found["records"]:
+        record["group"] = "group"
+    plot(found, tmp_path / "figures.png")
+    assert (tmp_path / "figures.png").read_bytes().startswith(b"\x89PNG")
+    for record in found["records"]:
+        record["group"] = "group-tf32"
+    with pytest.raises(ValueError, match="no timed record of the group 'grid' or 'group'"):
+        plot(found, tmp_path / "figures.png")
 
 
 def test_lines_of_the_plot() -> None:

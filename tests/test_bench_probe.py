@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fake_cupy
 import numpy as np
 import pytest
 from group_setup import SMALL_CARD
@@ -13,10 +14,12 @@ from typer.testing import CliRunner
 
 from gpurnn import bench, emulated, tuned
 from gpurnn.bench import __main__ as bench_module
-from gpurnn.bench import common, probe
+from gpurnn.bench import common, probe, soak
 from gpurnn.bench.probe import Probed, measure_probes, write_probes
 from gpurnn.cli import app
+from gpurnn.cuda import engines, operations
 from gpurnn.cuda.engines import Engine, current_emulation
+from gpurnn.planning import Group
 
 pytest.importorskip("greenlet", reason="the emulator needs greenlet")
 
@@ -156,6 +159,39 @@ def test_table(engine: Counting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert kept["clock_ghz"] == CARD.clock_ghz
     assert kept["about"]["environment"] == {"gpu": {"driver": "600.1"}}
     assert kept["about"]["figures"]["l2"]["ns"] == pytest.approx(1000)
+
+
+def test_as_a_gpu_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same with CuPy's stand-in: packed arguments, cooperative launches and clusters."""
+    fake = fake_cupy.install(monkeypatch)
+    monkeypatch.setitem(fake_cupy.ATTRIBUTES, 16, 3)
+    asarray = fake.asarray
+
+    def from_host(a: Any, *rest: Any, **options: Any) -> Any:
+        return asarray(a if isinstance(a, fake_cupy.Array) else fake.new(a), *rest, **options)
+
+    monkeypatch.setattr(fake, "asarray", from_host)
+    engine = Counting(engines.GPUEngine(0))
+    found = probed(engine)
+    assert found.name == "a GPU that is none" and found.latencies.l2 == pytest.approx(1000)
+    clusters = [launched.attributes.get("cluster") for launched in fake.extended]
+    assert set(clusters) == {None, 2, 4, 8, 16}
+    cooperative = {
+        launched.grid[0] for launched in fake.extended if not launched.attributes.get("cluster")
+    }
+    assert cooperative == {2, 3}
+    outcomes = list(
+        soak.run_soak(
+            3,
+            engine=engines.GPUEngine(0),
+            sizes=soak.SMALL,
+            every=1,
+            pool=[soak.Configuration(2, 5, "float32", "ieee", "tanh", Group(3, "flags"))],
+        )
+    )
+    assert [outcome.checked for outcome in outcomes] == [True] * 3
+    for cached in (engines.cupy, engines.limits_of, engines._function, operations._kept):
+        cached.cache_clear()
 
 
 @pytest.fixture

@@ -156,12 +156,12 @@ def test_whatever_fails_says_in_which_trial(engine: Any, monkeypatch: pytest.Mon
         run(engine, 1, STEP)
 
 
-def test_a_report_after_the_last_trial(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_is_that_of_its_trial(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def reports(_: Any) -> None:
         raise RuntimeError("block 3 waited in vain")
 
     monkeypatch.setattr(type(engine), "check_reports", reports)
-    with pytest.raises(SoakError, match="after the last trial: RuntimeError: block 3 waited"):
+    with pytest.raises(SoakError, match=r"seed 0, index 0: RuntimeError: block 3 waited in vain"):
         run(engine, 1, STEP)
 
 
@@ -236,6 +236,11 @@ def test_command_stops_at_the_first_failure(
         ("--soak 1 --limit 0", "limit is 0.0: expected a finite number above 0"),
         ("--soak 1", "there is no GPU to use: the driver sees no device"),
         ("--grid fast --device cuda", "there is no GPU to use"),
+        ("--soak 1 --out x.json", "out is x.json: expected nothing, beside --soak"),
+        ("--soak 1 --probe", "probe is True: expected nothing, beside --soak"),
+        ("--soak 1 --seconds 3", "seconds is 3.0: expected nothing, beside --soak"),
+        ("--probe --grid group", "grid is group: expected nothing, beside --probe"),
+        ("--kernel step", "kernel is 'step': expected it beside --soak alone"),
         ("--grid fast --device cpu", "grid is 'fast': expected one of default, group, all"),
     ],
 )

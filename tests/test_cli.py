@@ -780,6 +780,9 @@ MISTAKES: list[tuple[str, str]] = [
     # bench
     ("bench --device gpu", "device is 'gpu'"),
     ("bench --device cuda", "device is 'cuda'"),
+    ("bench --probe --device cpu", "device is 'cpu': expected 'cuda' or 'auto' with --probe"),
+    ("bench --soak 0 --device emulator", "soak is 0: expected at least 1"),
+    ("bench --grid huge --device cpu", "grid is 'huge': expected one of default, group, all"),
     ("bench --threads 0", "threads is 0: expected at least 1"),
     ("bench --seconds 0", "seconds is 0.0: expected a finite number above 0"),
     ("bench --seconds nan", "seconds is nan: expected a finite number above 0"),

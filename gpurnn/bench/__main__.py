@@ -37,6 +37,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kernel", help="of the soak; unset: all")
     given = parser.parse_args(arguments)
     try:
+        command.check_mode(
+            probe=given.probe,
+            soak=given.soak,
+            seconds=given.seconds,
+            out=given.out,
+            grid=given.grid,
+            kernel=given.kernel,
+        )
         if given.soak is not None:
             return _soak(given)
         if given.probe:

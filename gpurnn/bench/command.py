@@ -28,6 +28,7 @@ __all__ = [
     "AskedSoak",
     "Result",
     "SoakCounts",
+    "check_mode",
     "checked",
     "checked_probe",
     "checked_soak",
@@ -133,6 +134,40 @@ def checked(
     _check_seconds(seconds=seconds, limit=limit)
     seconds = SECONDS[where] if seconds is None else seconds
     return Asked(where, seconds, threads, limit, out, grid)
+
+
+def check_mode(
+    *,
+    probe: bool,
+    soak: int | None,
+    seconds: float | None,
+    out: Path | None,
+    grid: str,
+    kernel: str | None,
+) -> None:
+    """Refuse options that what is asked for would pass over.
+
+    Raises:
+        ValueError: one of them; the message names it.
+    """
+    options = {
+        "probe": probe or None,
+        "seconds": seconds,
+        "out": out,
+        "grid": None if grid == "default" else grid,
+    }
+    if soak is None and kernel is not None:
+        raise ValueError(f"kernel is {kernel!r}: expected it beside --soak alone")
+    if soak is not None:
+        mode = "--soak"
+    elif probe:
+        mode = "--probe"
+        options = {"grid": options["grid"]}
+    else:
+        return
+    for name, given in options.items():
+        if given is not None:
+            raise ValueError(f"{name} is {given}: expected nothing, beside {mode}")
 
 
 def checked_probe(device: str, seconds: float | None, out: Path | None, note: Note) -> Asked:
@@ -356,6 +391,7 @@ def _overhead(seconds: float, note: Note) -> dict[str, Any]:
 
 def _tell(record: dict[str, Any], note: Note) -> None:
     told = f"{record['group']} {record['shape']} {record['dtype']}"
+    told += " tf32" if record.get("precision") == "tf32" else ""
     if "left_out" in record:
         note(f"left out: {told}: {record['left_out']}")
         return

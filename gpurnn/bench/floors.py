@@ -19,6 +19,7 @@ import math
 from dataclasses import dataclass
 
 from gpurnn.planning import LATENCY, Limits
+from gpurnn.tuned import CLUSTERS
 
 __all__ = ["ESTIMATES", "FORMULA", "Floor", "estimate", "floor"]
 
@@ -100,7 +101,8 @@ def _exchange(group: int, device: Limits) -> float:
     """Cycles from one block's states to another's: through the cluster's shared memory, or L2."""
     if group == 1:
         return 0.0
-    return CLUSTER_EXCHANGE if group <= device.largest_cluster else EXCHANGE
+    clusters = [size for size in CLUSTERS if size <= device.largest_cluster]
+    return CLUSTER_EXCHANGE if group in clusters else EXCHANGE
 
 
 def _rate(dtype: str, device: Limits, *, tensor: bool = False) -> float:

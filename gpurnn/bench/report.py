@@ -31,16 +31,14 @@ PACKAGES = (
 def gpu_summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return, per peer and pass, geometric mean and minimum of the ratios, and who failed.
 
-    ``concatenated_over_split``: time of the concatenated form over the split form's, by shape.
+    ``ratios`` leaves out runs with precision tf32; ``ratios_by_group`` has each group of runs on
+    its own. ``concatenated_over_split``: time of the concatenated form over the split form's, by
+    shape.
     """
-    ratios: dict[str, dict[str, list[float]]] = {}
     failed: dict[str, int] = {}
     late: dict[str, int] = {}
     forward: dict[tuple[tuple[int, ...], str], float] = {}
     for record in records:
-        for peer, found in record.get("ratios", {}).items():
-            for what, ratio in found.items():
-                ratios.setdefault(peer, {}).setdefault(what, []).append(ratio)
         for peer, found in record.get("peers", {}).items():
             if "failed" in found:
                 failed[peer] = failed.get(peer, 0) + 1
@@ -49,17 +47,11 @@ def gpu_summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if record["group"] == "forms" and "times_us" in record:
             sizes = tuple(record["shape"].values())
             forward[sizes, record["kernel"]] = record["times_us"]["forward"]["median"]
+    groups = dict.fromkeys(record["group"] for record in records if record.get("ratios"))
     return {
-        "ratios": {
-            peer: {
-                what: {
-                    "geometric_mean": float(np.exp(np.mean(np.log(values)))),
-                    "least": min(values),
-                    "runs": len(values),
-                }
-                for what, values in passes.items()
-            }
-            for peer, passes in ratios.items()
+        "ratios": _ratios([r for r in records if r.get("precision", "ieee") == "ieee"]),
+        "ratios_by_group": {
+            group: _ratios([r for r in records if r["group"] == group]) for group in groups
         },
         "peers_failed": failed,
         "peers_left_out": late,
@@ -70,6 +62,26 @@ def gpu_summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         ],
         "left_out": sum("left_out" in record for record in records),
         "failed": sum("failed" in record for record in records),
+    }
+
+
+def _ratios(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return geometric mean, minimum and number of the ratios of each peer and pass."""
+    ratios: dict[str, dict[str, list[float]]] = {}
+    for record in records:
+        for peer, found in record.get("ratios", {}).items():
+            for what, ratio in found.items():
+                ratios.setdefault(peer, {}).setdefault(what, []).append(ratio)
+    return {
+        peer: {
+            what: {
+                "geometric_mean": float(np.exp(np.mean(np.log(values)))),
+                "least": min(values),
+                "runs": len(values),
+            }
+            for what, values in passes.items()
+        }
+        for peer, passes in ratios.items()
     }
 
 

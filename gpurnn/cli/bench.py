@@ -66,6 +66,10 @@ def bench(
     if plot is not None:
         _draw(plot)
         return
+    with mistakes():
+        command.check_mode(
+            probe=probe, soak=soak, seconds=seconds, out=out, grid=grid, kernel=kernel
+        )
     if soak is not None:
         run_soak(device, soak, seed, kernel, limit)
         return
@@ -144,7 +148,7 @@ def _print_gpu(result: dict[str, Any]) -> None:
         table.add_row(
             r["group"],
             *(str(size) for size in r["shape"].values()),
-            r["dtype"],
+            r["dtype"] if r.get("precision", "ieee") == "ieee" else r["precision"],
             r["kernel"],
             *(f"{r['us_per_step'][name]:.3f}" for name in COLUMNS),
             f"{r['over_floor']['recurrence_forward']:.1f}" if "over_floor" in r else "–",
@@ -156,10 +160,17 @@ def _print_gpu(result: dict[str, Any]) -> None:
         if name == "failed":
             continue  # told on stderr
         typer.echo(f"{name:<18} {found['median']:.1f} µs")
-    for peer, passes in result["summary"]["ratios"].items():
+    _print_ratios(result["summary"]["ratios"])
+    by_group = result["summary"]["ratios_by_group"]
+    for group, ratios in by_group.items() if len(by_group) > 1 else ():
+        _print_ratios(ratios, f"{group}: ")
+
+
+def _print_ratios(ratios: dict[str, Any], of: str = "") -> None:
+    for peer, passes in ratios.items():
         for what, found in passes.items():
             typer.echo(
-                f"{peer} {what}: geometric mean {found['geometric_mean']:.2f}, least "
+                f"{of}{peer} {what}: geometric mean {found['geometric_mean']:.2f}, least "
                 f"{found['least']:.2f}, {found['runs']} runs"
             )
 
