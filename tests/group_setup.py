@@ -15,7 +15,7 @@ __all__ = ["EXCHANGES", "SMALL_CARD", "launch", "run_backward", "run_forward"]
 
 EXCHANGES = ("cluster", "flags", "counter")
 
-SMALL_CARD = Limits("a small card", (9, 0), 16, 232_448, 233_472, 1.755)
+SMALL_CARD = Limits("a small card", (9, 0), 8, 232_448, 233_472, 1.755)
 """So that groups of any size own several rows of a batch, and a grid has few threads."""
 
 
