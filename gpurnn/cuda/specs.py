@@ -37,6 +37,7 @@ ARGUMENTS: dict[str, tuple[int | str, ...]] = {
     "probe_l2": ("report", "report", "i"),
     "probe_remote": ("report", "i"),
     "probe_cluster": ("report", "i"),
+    "probe_cluster_stores": ("report", "i"),
     "probe_flag": ("words", "report", "i", "i"),
     "probe_counter": ("words", "report", "i", "i"),
 }
@@ -56,6 +57,7 @@ Kind = Literal[
     "probe_l2",
     "probe_remote",
     "probe_cluster",
+    "probe_cluster_stores",
     "probe_flag",
     "probe_counter",
 ]
