@@ -19,11 +19,13 @@ is copied between host and device, and nothing falls back in silence.
 
 Nobody looks for NaN in what kernels compute, which would mean to wait; an infinite gradient makes
 NaN of a whole column of dW_xh where X are ids. The same arguments give the same bits each time,
-and in the recurrence a row's bits depend on no other row; the products before and after it are
-cuBLAS's, whose order of summation may depend on T and n. An array handed over by another library
-must stay alive, and be used on CuPy's stream or one that waits for it, until the GPU is done. The
-first call of a shape compiles and sets up; only later ones can be captured in a CUDA graph, as far
-as CuPy lets a product be captured.
+and in the recurrence a row's bits depend on no other row; the products before and after it, and
+within it those of the kernel "gemm", are cuBLAS's, whose order of summation may depend on T and n.
+An array handed over by another library must stay alive, and be used on CuPy's stream or one that
+waits for it, until the GPU is done. The first call of a shape compiles and sets up; only later ones
+can be captured in a CUDA graph. What a captured call computes with in between comes from CuPy's
+memory pool and goes back to it: capture under an allocator that nothing else uses while the graph
+lives.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -33,7 +35,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpurnn import reference, validate
+from gpurnn import reference, segments, validate
 from gpurnn.activation import Activation, AnyActivation
 from gpurnn.cuda import arrays, operations
 from gpurnn.cuda.engines import Engine, GPUEngine, current_emulation
@@ -68,18 +70,20 @@ class RNNResiduals:
     """What ``rnn_backward`` needs of the forward pass.
 
     It refers to H and to the arguments of ``rnn_forward`` (copied only where they were not
-    C-contiguous): write to none of them before the backward pass.
+    C-contiguous): write to none of them before the backward pass. With ``checkpoint_every`` it
+    does not refer to H, of which it holds a few steps.
     """
 
     X: Floats | Ids
-    states: Floats  # (T + 1, n, h): h_0, then H
+    states: Floats  # (T + 1, n, h): h_0, then H; or of these the checkpoints
     Z: Floats | None  # (T, n, h), what φ was applied to, where φ′ is a function of that
     W_xh: Floats
     W_hh: Floats
-    has_bias: bool
+    b_h: Floats | None
     activation: AnyActivation
     engine: Engine | None = None  # what ran the kernels, if any did
     plan: Plan | None = None
+    checkpoint_every: int | None = None  # where states are those of ``segments.checkpoints``
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -139,6 +143,7 @@ def rnn_forward(
     kernel: str | Group | None = None,
     precision: str = "ieee",
     check_ids: bool = True,
+    checkpoint_every: int | None = None,
 ) -> tuple[Floats, RNNResiduals]:
     """Run H_t = φ(X_t W_xh + H_{t-1} W_hh + b_h) over a sequence (*Dive into Deep Learning* 9.4.5).
 
@@ -152,13 +157,21 @@ def rnn_forward(
         kernel: for arrays on a GPU, or under the emulator: "resident" (the whole sequence in one
             launch, W_hh in each block), "group" (the same, W_hh split over blocks; a
             ``gpurnn.Group`` says how many, and how they exchange their states), "step" (a launch a
-            step), "concatenated" (a launch a step, the input's product in it; X must be floats);
-            None leaves it to ``gpurnn.plan``.
-        precision: "ieee"; or "tf32", for float32 on a GPU: products with W_hh are of numbers
-            rounded to 10 bits, on tensor cores, summed as float32, in both passes. It concerns the
-            recurrence alone.
+            step), "concatenated" (a launch a step, the input's product in it; X must be floats),
+            "gemm" (in each step a product by cuBLAS, up to 32 steps a launch
+            as a CUDA graph); None leaves it to ``gpurnn.plan``.
+        precision: "ieee"; "tf32" allows products with W_hh of float32 numbers rounded to 10 bits,
+            on a GPU's tensor cores, summed as float32, in both passes ("group" and "gemm" then do
+            so; where the resident kernel takes no longer, it runs, in IEEE). It concerns the
+            recurrence alone: the other products are cuBLAS's, as CuPy is set up.
         check_ids: False where ids on a GPU are known to lie in [0, d): to look means to wait for
             the GPU, and cannot be captured in a CUDA graph.
+        checkpoint_every: k ≥ 1 makes the residuals keep every k-th state alone, a copy, in place of
+            H (and of the pre-activations, where φ′ wants them). ``rnn_backward`` then computes k
+            states at a time again: T / k + k of them are held, least for k = √T, and the forward
+            pass is paid for twice. They have the same bits again; but on a GPU, where X are floats
+            and the kernel is not "concatenated", X W_xh is cuBLAS's, and may be added up in another
+            order for k steps than for T.
 
     Returns:
         H (T, n, h), whose last step is the final state, and the residuals for ``rnn_backward``.
@@ -169,11 +182,13 @@ def rnn_forward(
             argument holds a NaN. (Each NaN that is computed with reaches the final state, so that
             one look at h_T finds it. A row of W_xh that no id picks is not computed with. Kernels
             let NaN pass.) Or a kernel is named that there is not, that has no GPU to run on, or
-            that cannot hold h.
+            that cannot hold h, or checkpoint_every is below 1.
     """
     if kernel is not None and not isinstance(kernel, Group):
         validate.choice("kernel", kernel, KERNELS)
     validate.choice("precision", precision, PRECISIONS)
+    if checkpoint_every is not None:
+        checkpoint_every = validate.positive("checkpoint_every", checkpoint_every)
     engine, (X, h_0, W_xh, W_hh, b_h), place = _placed(
         {"X": X, "h_0": h_0, "W_xh": W_xh, "W_hh": W_hh, "b_h": b_h}
     )
@@ -182,7 +197,7 @@ def rnn_forward(
             X, h_0, W_xh, W_hh, b_h, activation, place, check_ids=check_ids
         )
     if engine is not None:
-        return _rnn_forward_by_kernels(engine, kernel, arguments, precision)
+        return _rnn_forward_by_kernels(engine, kernel, arguments, precision, checkpoint_every)
     if kernel is not None:
         raise ValueError(
             f"kernel is {kernel!r} but X is a numpy.ndarray: kernels take arrays on a GPU, or "
@@ -197,20 +212,15 @@ def rnn_forward(
         states, Z = reference.rnn_forward(*arguments)
     if not np.isfinite(states[-1]).all():
         validate.refuse_non_finite(arguments._asdict())
-    residuals = RNNResiduals(
-        arguments.X,
-        states,
-        Z,
-        arguments.W_xh,
-        arguments.W_hh,
-        arguments.b_h is not None,
-        arguments.activation,
-    )
-    return states[1:], residuals
+    return states[1:], _residuals(arguments, states, Z, checkpoint_every)
 
 
 def _rnn_forward_by_kernels(
-    engine: Engine, kernel: str | Group | None, arguments: validate.RNNArguments, precision: str
+    engine: Engine,
+    kernel: str | Group | None,
+    arguments: validate.RNNArguments,
+    precision: str,
+    checkpoint_every: int | None,
 ) -> tuple[Floats, RNNResiduals]:
     X, h_0, W_xh, W_hh, b_h, phi = arguments
     if kernel == "concatenated" and X.ndim == 2:
@@ -218,10 +228,22 @@ def _rnn_forward_by_kernels(
     states, Z, plan = operations.rnn_forward(
         engine, kernel, X, h_0, W_xh, W_hh, b_h, phi, precision
     )
-    residuals = RNNResiduals(
-        X, states, Z, W_xh, W_hh, b_h is not None, phi, engine=engine, plan=plan
-    )
-    return states[1:], residuals
+    with engine.here():
+        return states[1:], _residuals(arguments, states, Z, checkpoint_every, engine, plan)
+
+
+def _residuals(
+    arguments: validate.RNNArguments,
+    states: Floats,
+    Z: Floats | None,
+    checkpoint_every: int | None,
+    engine: Engine | None = None,
+    plan: Plan | None = None,
+) -> RNNResiduals:
+    if checkpoint_every is not None:
+        states, Z = segments.checkpoints(states, checkpoint_every), None
+    X, _, W_xh, W_hh, b_h, phi = arguments
+    return RNNResiduals(X, states, Z, W_xh, W_hh, b_h, phi, engine, plan, checkpoint_every)
 
 
 def rnn_backward(
@@ -248,19 +270,47 @@ def rnn_backward(
     r = residuals
     (dH, xi), place = _beside(r.engine, {"dH": dH, "xi": xi})
     with _there(r.engine):
-        dH_, xi_ = validate.rnn_backward(dH, r.states[1:], xi, place)
+        shape = (*r.X.shape[:2], len(r.W_hh))
+        dH_, xi_ = validate.rnn_backward(dH, shape, r.W_hh.dtype, xi, place)
     if r.engine is not None and r.plan is not None:
-        dX, dh_0, dW_xh, dW_hh, db_h = operations.rnn_backward(
-            r.engine, r.plan, dH_, r.X, r.states, r.Z, r.W_xh, r.W_hh, r.activation, xi_
-        )
-        return dX, dh_0, dW_xh, dW_hh, db_h if r.has_bias else None
+        dX, dh_0, dW_xh, dW_hh, db_h = _rnn_backward_by_kernels(r.engine, r.plan, r, dH_, xi_)
+        return dX, dh_0, dW_xh, dW_hh, db_h if r.b_h is not None else None
     with _quiet():
-        dX, dh_0, dW_xh, dW_hh, db_h = reference.rnn_backward(
-            dH_, r.X, r.states, r.Z, r.W_xh, r.W_hh, r.activation, xi_
-        )
+        dX, dh_0, dW_xh, dW_hh, db_h = _rnn_backward_by_reference(r, dH_, xi_)
     if not (np.isfinite(db_h).all() and np.isfinite(dh_0).all()):
         validate.refuse_non_finite({"dH": dH_, "xi": xi_})
-    return dX, dh_0, dW_xh, dW_hh, db_h if r.has_bias else None
+    return dX, dh_0, dW_xh, dW_hh, db_h if r.b_h is not None else None
+
+
+def _rnn_backward_by_kernels(
+    engine: Engine, plan: Plan, r: RNNResiduals, dH: Floats, xi: Floats | None
+) -> segments.Gradients:
+    if r.checkpoint_every is None:
+        return operations.rnn_backward(
+            engine, plan, dH, r.X, r.states, r.Z, r.W_xh, r.W_hh, r.activation, xi
+        )
+    return operations.rnn_backward_by_segments(
+        engine, plan, r.checkpoint_every, dH, r.X, r.states, r.W_xh, r.W_hh, r.b_h, r.activation, xi
+    )
+
+
+def _rnn_backward_by_reference(
+    r: RNNResiduals, dH: Floats, xi: Floats | None
+) -> segments.Gradients:
+    def forward_pass(X: Floats | Ids, h_0: Floats) -> tuple[Floats, Floats | None]:
+        return reference.rnn_forward(X, h_0, r.W_xh, r.W_hh, r.b_h, r.activation)
+
+    def backward_pass(
+        dH: Floats, X: Floats | Ids, states: Floats, Z: Floats | None, xi: Floats | None
+    ) -> segments.Gradients:
+        return reference.rnn_backward(dH, X, states, Z, r.W_xh, r.W_hh, r.activation, xi)
+
+    if r.checkpoint_every is None:
+        return backward_pass(dH, r.X, r.states, r.Z, xi)
+    dX = None if r.X.ndim == 2 else np.empty_like(r.X)
+    return segments.backward(
+        dH, r.X, r.states, r.checkpoint_every, xi, forward_pass, backward_pass, dX
+    )
 
 
 def hidden_layer(

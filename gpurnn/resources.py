@@ -65,7 +65,8 @@ class Resources:
         spill_loads: bytes that they load from there.
         shared: bytes of static shared memory of a block, without what the system keeps.
         loop: instructions of the recurrent loop (``recurrent_loop``).
-        multiply_adds: floating-point multiply-adds of a thread in it.
+        multiply_adds: floating-point multiply-adds of a thread in it; its part of a warp's, on
+            tensor cores.
         barriers: barriers of the block in it.
         useful: the share of the loop's instructions that are multiply-adds of the product, None
             where it was not said how many the product has.

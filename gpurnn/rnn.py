@@ -100,19 +100,31 @@ class RNN:
             for name, shape in shapes.items():
                 self.params[_named(name, layer)] = draw_weights(init, h, shape, self.dtype, rng)
 
-    def __call__(self, X: Floats | Ids, h_0: Floats | None = None) -> tuple[Floats, Floats]:
-        """Return H (T, n, h) of the last layer and the final state."""
-        H, h_T, _ = self.forward(X, h_0)
+    def __call__(
+        self,
+        X: Floats | Ids,
+        h_0: Floats | None = None,
+        *,
+        checkpoint_every: int | None = None,
+    ) -> tuple[Floats, Floats]:
+        """Return H (T, n, h) of the last layer and the final state; see ``forward``."""
+        H, h_T, _ = self.forward(X, h_0, checkpoint_every=checkpoint_every)
         return H, h_T
 
     def forward(
-        self, X: Floats | Ids, h_0: Floats | None = None
+        self,
+        X: Floats | Ids,
+        h_0: Floats | None = None,
+        *,
+        checkpoint_every: int | None = None,
     ) -> tuple[Floats, Floats, list[F.RNNResiduals]]:
         """Run a whole sequence.
 
         Args:
             X: (T, n, d) floats or (T, n) ids.
             h_0: the state before the first step; None is zeros.
+            checkpoint_every: as in ``functional.rnn_forward``, for every layer. What a layer takes
+                from the one below, that one's H, is kept whole.
 
         Returns:
             H (T, n, h) of the last layer, the final state, and the residuals for ``backward``.
@@ -123,9 +135,18 @@ class RNN:
         for layer in range(self.num_layers):
             W_xh, W_hh, b_h = (self.params.get(_named(p, layer)) for p in ("W_xh", "W_hh", "b_h"))
             assert W_xh is not None and W_hh is not None
-            H, r = F.rnn_forward(H, initial[layer], W_xh, W_hh, b_h, activation=self.activation)
+            H, r = F.rnn_forward(
+                H,
+                initial[layer],
+                W_xh,
+                W_hh,
+                b_h,
+                activation=self.activation,
+                checkpoint_every=checkpoint_every,
+            )
             residuals.append(r)
-            final.append(r.states[-1].copy())  # a view would hold the whole sequence
+            last = H[-1] if len(H) else r.states[0]
+            final.append(last.copy())  # a view would hold the whole sequence
         return H, final[0] if self.num_layers == 1 else np.stack(final), residuals
 
     def backward(

@@ -21,6 +21,7 @@ LABEL = re.compile(r"([\w$.]+):")
 TARGET = re.compile(r"(?<=`\()[^)]+|\.L_\w+")
 WIDTHS = ("64", "128", "256")
 PACKED = {"FFMA": 1, "DFMA": 1, "FFMA2": 2, "HFMA2": 2}  # multiply-adds of one instruction
+OF_WARP = {"16816": 64, "1688": 32}  # HMMA's, by its shape: m · n · k over the lanes of a warp
 BRANCHES = ("BRA", "BRX", "JMP", "JMX")
 ENDS = ("EXIT", "RET", "KILL")
 
@@ -56,7 +57,12 @@ class Instruction:
 
     @property
     def multiply_adds(self) -> int:
-        """How many a thread does by it; 0 where it only puts a constant into a register."""
+        """How many a thread does by it; 0 where it only puts a constant into a register.
+
+        A warp's product of matrices counts for each thread with its part.
+        """
+        if self.base == "HMMA":
+            return sum(OF_WARP.get(modifier, 0) for modifier in self.opcode.split("."))
         factors = [o.strip().lstrip("-") for o in self.operands.split(",")][1:2]
         return 0 if factors == ["RZ"] else PACKED.get(self.base, 0)
 

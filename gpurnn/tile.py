@@ -144,7 +144,17 @@ class Share(NamedTuple):
 
 
 class TensorShare(NamedTuple):
-    """TEMP."""
+    """Sizes of a group kernel that multiplies on tensor cores: W_hh split over ``blocks``.
+
+    ``kind`` is what is multiplied: "float16", "bfloat16" or "tf32". A block owns ``width`` columns
+    of the product, 16 for every ``slices`` of its ``warps``. The warps of one 16 share the rows of
+    W: the s-th owns ``depth`` of them from ``s · depth`` on, all in registers. A block takes
+    ``rows`` rows of the batch at a time, ``tiles`` of 8, and ``passes`` times as many in a step;
+    rows that the batch lacks are zeros in shared memory.
+
+    The order of every sum depends on ``slices`` and ``depth``: as long as those depend on h and
+    ``kind`` alone, so do the bits of every result.
+    """
 
     h: int
     blocks: int
@@ -156,33 +166,74 @@ class TensorShare(NamedTuple):
 
     @property
     def rows(self) -> int:
+        """Rows of the batch at a time."""
         return 8 * self.tiles
 
     @property
     def slice_rows(self) -> int:
+        """Rows of the batch that a group of blocks owns."""
         return self.rows * self.passes
 
     @property
     def width(self) -> int:
+        """Columns of a block; those from h on are padding."""
         return 16 * self.warps // self.slices
 
     @property
     def threads(self) -> int:
-        return 32 * self.warps
+        """Threads of a block."""
+        return WARP * self.warps
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number of v in shared memory."""
+        return 4 if self.kind == "tf32" else 2
+
+    @property
+    def chunk(self) -> int:
+        """Neighbouring k that a warp takes at a time: 64 bytes of a row, 16 for each of 4 lanes."""
+        return 64 // self.itemsize
 
     @property
     def depth(self) -> int:
-        k = 16 if self.kind == "tf32" else 32
-        return -(-self.h // (self.slices * k)) * k
+        """Rows of W that a warp owns."""
+        return -(-self.h // (self.slices * self.chunk)) * self.chunk
 
     @property
     def registers(self) -> int:
-        return self.depth // (2 if self.kind == "tf32" else 4)
+        """Registers of a lane that hold W: for 2 columns, a quarter of the warp's rows."""
+        return 8 * self.depth // self.chunk
+
+    @property
+    def finished(self) -> int:
+        """Warps of a 16 that are left with different sums; the others hold copies."""
+        return min(self.slices, 4 * self.tiles)
 
     @property
     def own(self) -> int:
-        return 4 * self.tiles // self.slices
+        """Sums that a thread is left with."""
+        return 4 * self.tiles // self.finished
+
+    @property
+    def stride(self) -> int:
+        """Distance of two rows of v in shared memory.
+
+        Eight lanes, a quarter of a warp, read 64 bytes each of two neighbouring rows at once: from
+        different banks if the rows are 64 bytes apart, modulo the 128 of all banks.
+        """
+        return self.slices * self.depth + self.chunk
+
+    @property
+    def shared_values(self) -> int:
+        """Numbers of v in shared memory: two buffers of all the rows of a group."""
+        return 2 * self.slice_rows * self.stride
+
+    @property
+    def shared_sums(self) -> int:
+        """Numbers, float32, of the sum over slices; they lie behind the values."""
+        return 4 * self.tiles * self.threads
 
     @property
     def shared_bytes(self) -> int:
-        return 2 * self.slice_rows * self.h * 4
+        """Bytes of dynamic shared memory."""
+        return self.itemsize * self.shared_values + 4 * self.shared_sums

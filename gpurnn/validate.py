@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from gpurnn.activation import Activation, AnyActivation
 from gpurnn.activations import ACTIVATIONS, FAST_ACTIVATIONS
-from gpurnn.planning import DTYPES, dtype_name
+from gpurnn.planning import DTYPES, MOST_ROWS, dtype_name
 
 __all__ = [
     "HOST",
@@ -129,14 +129,15 @@ def rnn_forward(
 
 
 def rnn_backward(
-    dH: object, H: Floats, xi: object, place: Place = HOST
+    dH: object, shape: tuple[int, ...], dtype: np.dtype[Any], xi: object, place: Place = HOST
 ) -> tuple[Floats, Floats | None]:
-    """Check the arguments of ``functional.rnn_backward`` against the forward pass's H."""
-    dH_ = like("dH", dH, "H", H, place)
+    """Check the arguments of ``functional.rnn_backward``: the forward pass's H was like this."""
+    dH_ = _floats("dH", dH, "H's shape", None, dtype, "H", place)
+    _shape("dH", dH_, "H's shape", shape)
     if xi is None:
         return dH_, None
-    xi_ = _floats("xi", xi, "(T,)", 1, H.dtype, "H", place)
-    _shape("xi", xi_, "(T,)", H.shape[:1])
+    xi_ = _floats("xi", xi, "(T,)", 1, dtype, "H", place)
+    _shape("xi", xi_, "(T,)", shape[:1])
     return dH_, xi_
 
 
@@ -352,6 +353,11 @@ def _dense(
     rows = f"(…, {sizes[0]})"
     H_ = _floats(names[0], H, rows, None, W_.dtype, names[1], place)
     _shape(names[0], H_, rows, (*H_.shape[:-1], W_.shape[0]))
+    if place is not HOST and math.prod(H_.shape[:-1]) >= MOST_ROWS:
+        raise ValueError(
+            f"{names[0]} has shape {H_.shape}: expected less than 2³¹ rows, those of one "
+            "matrix product"
+        )
     b_ = _optional_bias(names[2], b, f"({sizes[1]},)", W_.shape[1], W_.dtype, names[1], place)
     return H_, W_, b_
 

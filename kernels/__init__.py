@@ -7,8 +7,9 @@ launched, and only ``gpurnn.cuda`` launches it.
 
 ``step`` is read first: one time step a launch. ``resident`` takes the whole sequence in one, with
 the product of ``product``. ``layer`` is a step without a state, ``tiled`` the product of both it
-and ``step``. A kernel is made by a factory for sizes, an activation (``activations``) and a way of
-storing numbers (``storage``); its docstring is the contract.
+and ``step``; ``tail`` is what remains of a step whose product a library makes. A kernel is made by
+a factory for sizes, an activation (``activations``) and a way of storing numbers (``storage``); its
+docstring is the contract.
 
 Layouts
 -------

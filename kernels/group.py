@@ -53,8 +53,8 @@ def forward(
         report (blocks of the grid, uint32): 0 before. Where a block waited in vain in step t, its
             element becomes t + 1, and the rest of its columns of H becomes NaN.
 
-    T ≥ 1, and row_0 < n. Z may be the part of states that is written, where ``pair.of_output``: each
-    element of Z_t is read by the thread that later writes the same element of H_t. Otherwise
+    T ≥ 1, and row_0 < n. Z may be the part of states that is written, where ``pair.of_output``:
+    each element of Z_t is read by the thread that later writes the same element of H_t. Otherwise
     nothing may overlap. After a step's exchange, blocks of a group may read H_t of states.
 
     Who does what: the thread that owns a sum (``gpurnn.kernels.part``) reads the same element of
@@ -88,7 +88,7 @@ def forward(
                 z[q] = load_value(Z[at + uint64(row * h + j)])
 
     def group_forward(Z, states, W_hh, b_h, words, report, T, n, row_0, patience):
-        v = cuda.shared.array(0, element)
+        v = cuda.shared.array(0, element, alignment=16)
         w = cuda.local.array(weights, weight)
         acc = cuda.local.array(sums, real)
         z = cuda.local.array(own, real)
@@ -180,8 +180,8 @@ def backward(
     T ≥ 1, and row_0 < n. Nothing may overlap, but dH may be the dZ of grads: each element of dH_t
     is read by the thread that later writes the same element of dZ_t.
 
-    Who does what: as in ``forward``, with dZ_t in place of H_{t-1}. What is multiplied is dZ_t as it
-    is stored.
+    Who does what: as in ``forward``, with dZ_t in place of H_{t-1}. What is multiplied is dZ_t as
+    it is stored.
     """
     part = _part(share, storage, transposed=True)
     begin, send, post, wait = exchange(name, share, part, storage)
@@ -214,7 +214,7 @@ def backward(
 
     @device
     def body(dH, A, grads, W_hh, words, report, xi, T, n, row_0, patience):
-        v = cuda.shared.array(0, element)
+        v = cuda.shared.array(0, element, alignment=16)
         w = cuda.local.array(weights, weight)
         acc = cuda.local.array(sums, real)
         dh = cuda.local.array(own, real)

@@ -23,8 +23,8 @@ class Part(NamedTuple):
     ``encode(x)``: a real as an element, rounded once. ``bits(e)``, ``unbits(u)``: an element as a
     uint32, and back.
 
-    ``multiply(w, v, buffer, r, acc)``: acc = Σ_k v[buffer, r + i, k] · W[k, j], over the thread's k,
-    for the rows i < ``rows`` from r on. A barrier must stand between the buffer's last write and
+    ``multiply(w, v, buffer, r, acc)``: acc = Σ_k v[buffer, r + i, k] · W[k, j], over the thread's
+    k, for the rows i < ``rows`` from r on. A barrier must stand between the buffer's last write and
     this.
 
     ``finish(acc, v)``: sum over k beyond the thread. Every thread of the block comes here together.

@@ -516,12 +516,12 @@ def _remote_address(
     return builder.add(mapped, builder.mul(index, size))
 
 
-def _is_remote(array: Any, *numbers: Any) -> bool:
+def _is_remote(array: Any, *numbers: Any, bits: tuple[int, ...] = (32, 64)) -> bool:
     return (
         isinstance(array, types.Array)
         and array.layout == "C"
         and isinstance(array.dtype, types.Number)
-        and array.dtype.bitwidth in (32, 64)
+        and array.dtype.bitwidth in bits
         and all(isinstance(number, types.Integer) for number in numbers)
     )
 
@@ -534,12 +534,13 @@ def _emulated_cluster_store(cuda: Any, array: Any, index: int, rank: int, value:
 def cluster_store(typing: Any, array: Any, index: Any, rank: Any, value: Any) -> Any:
     """Write ``value`` to the place ``index`` of the flat shared array of block ``rank``.
 
-    ``array`` is this block's own shared array, of 32- or 64-bit numbers; that of the other block
-    lies at the same offset. ``value`` has its dtype.
+    ``array`` is this block's own shared array, of 16-, 32- or 64-bit numbers; that of the other
+    block lies at the same offset. ``value`` has its dtype.
 
     PTX ISA, "Data Movement and Conversion Instructions": ``mapa`` and ``st.shared::cluster``.
     """
-    if not _is_remote(array, index, rank) or types.unliteral(value) != array.dtype:
+    remote = _is_remote(array, index, rank, bits=(16, 32, 64))
+    if not remote or types.unliteral(value) != array.dtype:
         return None
     signature = types.void(array, int32, int32, array.dtype)
     bits = array.dtype.bitwidth
@@ -549,7 +550,7 @@ def cluster_store(typing: Any, array: Any, index: Any, rank: Any, value: Any) ->
         address = _remote_address(context, builder, array, given, place, block)
         word = builder.bitcast(number, ir.IntType(bits))
         text = f"st.shared::cluster.b{bits} [$0], $1;"
-        constraints = "r,r" if bits == 32 else "r,l"
+        constraints = {16: "r,h", 32: "r,r", 64: "r,l"}[bits]
         _call(builder, ir.VoidType(), [address, word], text, constraints, effect=True)
         return context.get_dummy_value()
 
@@ -564,6 +565,7 @@ def _emulated_cluster_load(cuda: Any, array: Any, index: int, rank: int) -> Any:
 def cluster_load(typing: Any, array: Any, index: Any, rank: Any) -> Any:
     """Read the place ``index`` of the flat shared array of block ``rank``; see ``cluster_store``.
 
+    Of 32- or 64-bit numbers.
     PTX ISA, "Data Movement and Conversion Instructions": ``mapa`` and ``ld.shared::cluster``.
     """
     if not _is_remote(array, index, rank):
@@ -611,7 +613,8 @@ def load_floats4(typing: Any, array: Any, index: Any) -> Any:
     """Read ``array[index]`` to ``array[index + 3]``, float32, as one vector → UniTuple(float32, 4).
 
     The array is flat and its beginning aligned to 16 bytes; index is a multiple of 4. An ordinary
-    load: the compiler may move it, and finds out itself that the memory is shared.
+    load: the compiler may move it, and finds out itself that the memory is shared. PTX ISA, "Data
+    Movement and Conversion Instructions: ld", ``ld.v4``.
     """
     if not isinstance(array, types.Array) or array.ndim != 1 or array.dtype != float32:
         return None
@@ -662,7 +665,7 @@ def load_relaxed_pair(typing: Any, array: Any, index: Any) -> Any:
 
 
 def _emulated_float_bits(cuda: Any, x: float) -> Any:
-    return uint32(struct.unpack("<I", struct.pack("<f", x))[0])
+    return float32(x).view("u4")  # NaN and all
 
 
 @_instruction(_emulated_float_bits)
@@ -672,7 +675,7 @@ def float_bits(typing: Any, x: Any) -> Any:
 
 
 def _emulated_bits_float(cuda: Any, bits: int) -> Any:
-    return _float_of(int(bits))
+    return uint32(bits).view("f4")
 
 
 @_instruction(_emulated_bits_float)

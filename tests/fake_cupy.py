@@ -1,24 +1,31 @@
 """As much of CuPy as the host's code uses, on NumPy: devices that are none, kernels emulated.
 
-``install`` puts it in CuPy's place. Arrays know their device and their address. A module is loaded
-from the bytes that ``cubin`` (replaced as well) made of a kernel's specification; calling its
-function takes the packed arguments apart again, as the machine code would. ``cuLaunchKernelEx`` of
-cuda-bindings is replaced too, by one that takes the same configuration apart.
+``install`` puts it in CuPy's place, and ``fake_cublas`` in cuBLAS's. Arrays know their device and
+their address. A module is loaded from the bytes that ``cubin`` (replaced as well) made of a
+kernel's specification; calling its function takes the packed arguments apart again, as the machine
+code would. What is queued on a stream runs at once, kernels and cuBLAS's products on one that is
+captured when the graph is launched. What CuPy itself does to arrays is not captured.
+``cuLaunchKernelEx`` of cuda-bindings is replaced too, by one that takes its configuration apart.
 """
 
 import ctypes
 import types
+import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 from cuda.bindings import driver
+from fake_cublas import FakeCuBLAS
 
 from gpurnn import compiler, emulator
-from gpurnn.cuda import engines, reports
+from gpurnn.cuda import cublas, engines, graphs, operations, reports
 from gpurnn.cuda.specs import KernelSpec, build, signature
 
-__all__ = ["FakeCuPy", "install"]
+__all__ = ["Array", "CUDARuntimeError", "Event", "FakeCuPy", "Stream", "clear", "install"]
+
+ALIGNMENT = 512  # of CuPy's memory
 
 ATTRIBUTES = {
     13: 1_755_000,
@@ -60,7 +67,12 @@ class Array(np.ndarray):  # type: ignore[type-arg]
 
     def astype(self, *a: Any, **k: Any) -> Any:
         self._here()
-        return super().astype(*a, **k)
+        made = super().astype(*a, **k)
+        return made if made is self else FakeCuPy.latest.new(made)
+
+    def copy(self, *a: Any, **k: Any) -> Any:
+        self._here()
+        return FakeCuPy.latest.noted(super().copy(*a, **k))
 
     def fill(self, value: Any) -> None:
         self._here()
@@ -123,6 +135,23 @@ class Function:
         assert all(type(a) is int for a in arguments)
         assert shared_mem <= self.fake.allowed.get(self.ptr, 0)
         self.fake.streams.append("kernel")
+        loaded = weakref.ref(self)
+
+        def run() -> None:
+            function = loaded()
+            assert function is not None, "a kernel that is no longer loaded"
+            function._run(grid, block, arguments, shared_mem, cluster)
+
+        self.fake.queue(run)
+
+    def _run(
+        self,
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        arguments: tuple[int, ...],
+        shared_mem: int,
+        cluster: int | None,
+    ) -> None:
         rest, values = list(arguments), []
         for expected in signature(self.spec):
             if expected is None:
@@ -133,6 +162,7 @@ class Function:
             _, _, size, itemsize, pointer = header[:5]
             dtype = np.dtype(expected.dtype)
             assert itemsize == dtype.itemsize
+            assert self.fake.holds(pointer, size * itemsize), "memory that was freed"
             memory = (ctypes.c_byte * (size * itemsize)).from_address(pointer)
             flat = np.frombuffer(memory, dtype)
             shape, strides = header[5 : 5 + n], header[5 + n :]
@@ -163,11 +193,81 @@ class Pinned(bytearray):
         return ctypes.addressof(ctypes.c_byte.from_buffer(self))
 
 
+class Event:
+    """A mark on a stream."""
+
+    def __init__(self, fake: "FakeCuPy", *, disable_timing: bool = False) -> None:
+        self.fake = fake
+
+    def record(self, stream: "Stream | None" = None) -> None:
+        stream = stream or self.fake.stream
+        assert stream.captured is None
+        self.fake.order.append(("record", stream.ptr, self))
+
+    def synchronize(self) -> None:
+        self.fake.order.append(("synchronize", 0, self))
+
+
+class Stream:
+    """A stream, and the context in which it is the current one."""
+
+    def __init__(self, fake: "FakeCuPy", *, non_blocking: bool = False, ptr: int = -1) -> None:
+        fake.made += 1
+        self.fake, self.non_blocking = fake, non_blocking
+        self.ptr = 16 * fake.made if ptr < 0 else ptr
+        self.captured: list[Callable[[], None]] | None = None
+
+    def __enter__(self) -> "Stream":
+        self.fake.stream_stack.append(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.fake.stream_stack.pop() is self
+
+    def synchronize(self) -> None:
+        assert self.captured is None, "cudaErrorStreamCaptureUnsupported"
+        self.fake.streams.append("wait")
+
+    def is_capturing(self) -> bool:
+        return self.captured is not None
+
+    def begin_capture(self) -> None:
+        assert self.non_blocking, "the default stream cannot be captured"
+        self.captured = []
+
+    def end_capture(self) -> "Graph":
+        captured, self.captured = self.captured, None
+        assert captured is not None
+        if self.fake.invalid:
+            raise CUDARuntimeError("cudaErrorStreamCaptureInvalidated")
+        graph = Graph(self.fake, captured)
+        self.fake.graphs.append(weakref.ref(graph))
+        return graph
+
+    def wait_event(self, event: Event) -> None:
+        assert self.captured is None
+        self.fake.order.append(("wait", self.ptr, event))
+
+
+class Graph:
+    """What a stream captured."""
+
+    def __init__(self, fake: "FakeCuPy", work: list[Callable[[], None]]) -> None:
+        self.fake, self.work = fake, work
+
+    def launch(self) -> None:
+        assert self.fake.stream.captured is None, "a graph within a graph"
+        self.fake.replays.append(len(self.work))
+        for one in self.work:
+            one()
+
+
 class FakeCuPy(types.ModuleType):
     """The module."""
 
     current: Any = None
     stack: list[Any] = []  # noqa: RUF012
+    latest: Any = None
 
     def __init__(self) -> None:
         super().__init__("cupy")
@@ -179,20 +279,29 @@ class FakeCuPy(types.ModuleType):
         self.extended: list[Extended] = []
         self.result = driver.CUresult.CUDA_SUCCESS
         self.pinned: list[Pinned] = []
-        self.stream = 0
         self.specs: list[KernelSpec] = []
         self.allocations_left: int | None = None
         self.devices = 8
         self.streams: list[str] = []
+        self.order: list[tuple[str, int, Event]] = []  # of events: what, on which stream
+        self.graphs: list[weakref.ref[Graph]] = []  # all that were captured
+        self.replays: list[int] = []  # kernels and products of each graph that was launched
+        self.invalid = False  # whether captures come to nothing
+        self.made = 0
+        self.memory: list[tuple[weakref.ref[Any], int, int]] = []
+        self.pool: list[Any] | None = None  # a list is a pool that gives nothing out twice
         self.ndarray = Array
+        self.stream_stack = [Stream(self, ptr=0)]
+        self.cublas = FakeCuBLAS(self)
         FakeCuPy.current = Device(0)
+        FakeCuPy.latest = self
         FakeCuPy.stack = []
         self.cuda = types.SimpleNamespace(
             Device=Device,
             Module=lambda: Module(self),
-            get_current_stream=lambda: types.SimpleNamespace(
-                ptr=self.stream, synchronize=lambda: self.streams.append("wait")
-            ),
+            Stream=lambda non_blocking=False: Stream(self, non_blocking=non_blocking),
+            Event=lambda disable_timing=False: Event(self, disable_timing=disable_timing),
+            get_current_stream=lambda: self.stream,
             alloc_pinned_memory=self._pinned,
             runtime=types.SimpleNamespace(
                 CUDARuntimeError=CUDARuntimeError,
@@ -213,6 +322,31 @@ class FakeCuPy(types.ModuleType):
     def _allow(self, function: int, attribute: int, value: int) -> None:
         assert attribute == 8
         self.allowed[function] = value
+
+    @property
+    def stream(self) -> Stream:
+        """The current stream."""
+        return self.stream_stack[-1]
+
+    def queue(self, work: Callable[[], None]) -> None:
+        """Run something, or let the current stream capture it."""
+        if self.stream.captured is None:
+            work()
+        else:
+            self.stream.captured.append(work)
+
+    def holds(self, address: int, nbytes: int) -> bool:
+        """Whether there is an array that holds all of this memory."""
+        self.memory = [one for one in self.memory if one[0]() is not None]
+        kept = [(begin, size) for _, begin, size in self.memory]
+        kept += [(pinned.ptr, len(pinned)) for pinned in self.pinned]
+        return any(begin <= address and address + nbytes <= begin + size for begin, size in kept)
+
+    def noted(self, array: Any) -> Any:
+        """Return an array that NumPy made, whose memory is one of the device's now."""
+        owner = array if array.base is None else array.base
+        self.memory.append((weakref.ref(owner), array.ctypes.data, array.nbytes))
+        return array
 
     def _pinned(self, size: int) -> "Pinned":
         self.pinned.append(Pinned(b"\xff" * size))
@@ -258,8 +392,15 @@ class FakeCuPy(types.ModuleType):
 
     def new(self, a: Any) -> Any:
         """Return a copy of a NumPy array on the current device."""
-        array = np.array(a).view(Array)
+        a = np.asarray(a)
+        owner = np.empty(a.nbytes + ALIGNMENT, np.uint8)
+        begin = -owner.ctypes.data % ALIGNMENT
+        array = owner[begin : begin + a.nbytes].view(a.dtype).reshape(a.shape).view(Array)
+        array[...] = a
         array._device = FakeCuPy.current
+        if self.pool is not None:
+            self.pool.append(owner)
+        self.memory.append((weakref.ref(owner), array.ctypes.data, a.nbytes))
         return array
 
     def _allocate(self, make: Any) -> Any:
@@ -270,7 +411,8 @@ class FakeCuPy(types.ModuleType):
         return self.new(make())
 
     def empty(self, shape: Any, dtype: Any) -> Any:
-        return self._allocate(lambda: np.full(shape, np.nan, dtype))
+        poison = 0xFF if np.dtype(dtype) == np.uint8 else np.nan
+        return self._allocate(lambda: np.full(shape, poison, dtype))
 
     def empty_like(self, a: Any) -> Any:
         return self.empty(a.shape, a.dtype)
@@ -288,6 +430,8 @@ class FakeCuPy(types.ModuleType):
         return self._allocate(lambda: np.arange(n, dtype=dtype))
 
     def matmul(self, a: Any, b: Any, out: Any) -> None:
+        if self.stream.captured is not None:
+            raise NotImplementedError("calling cuBLAS API during stream capture is unsupported")
         assert a.device.id == b.device.id == out.device.id == FakeCuPy.current.id
         np.matmul(a.view(np.ndarray), b.view(np.ndarray), out=out.view(np.ndarray))
 
@@ -326,8 +470,17 @@ class Module:
         return Function(self.fake, self.spec)
 
 
+def clear() -> None:
+    """Forget all that is kept of a CuPy, this one or the real one."""
+    graphs._kept.clear()
+    for cached in (engines.cupy, engines.limits_of, engines._function, operations._kept):
+        cached.cache_clear()
+    for cached in (cublas._functions, cublas._handle):
+        cached.cache_clear()
+
+
 def install(monkeypatch: pytest.MonkeyPatch) -> FakeCuPy:
-    """Put it in CuPy's place for a test."""
+    """Put it in CuPy's place for a test, which calls ``clear`` in the end."""
     fake = FakeCuPy()
 
     def cubin(spec: KernelSpec, compute_capability: tuple[int, int]) -> bytes:
@@ -340,7 +493,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeCuPy:
     monkeypatch.setattr(driver, "cuFuncSetAttribute", fake.set_attribute)
     monkeypatch.setattr(reports, "_mapped", {})
     monkeypatch.setattr(engines, "cubin", cubin)
+    monkeypatch.setattr(cublas, "_library", lambda: fake.cublas)
     monkeypatch.setattr(compiler, "entry_of", lambda code: build(fake.specs[int(code)]).__name__)
-    for cached in (engines.cupy, engines.limits_of, engines._function):
-        cached.cache_clear()
+    clear()
     return fake

@@ -41,7 +41,9 @@ def launch(
     if groups is None:
         groups = -(-(n - row_0) // share.slice_rows)
     grid = (groups * share.blocks, 1, 1)
-    plan = Plan("group", grid, (share.threads, 1, 1), share.shared_bytes, 1, share, (), spec.exchange)
+    plan = Plan(
+        "group", grid, (share.threads, 1, 1), share.shared_bytes, 1, share, (), spec.exchange
+    )
     words = np.zeros(scratch_words(plan), np.uint64)
     report = np.zeros(grid[0], np.uint32)
     stored = [a.view(np.uint16) if a.itemsize == 2 else a for a in arrays]

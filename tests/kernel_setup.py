@@ -17,7 +17,7 @@ pytest.importorskip("numba.cuda", reason="the kernels need numba-cuda")
 
 Array = NDArray[Any]
 
-KERNELS = ("resident", "step", "concatenated")
+KERNELS = ("resident", "step", "concatenated", "gemm")
 NAMES = ("H", "dX", "dh_0", "dW_xh", "dW_hh", "db_h")
 
 each_kernel = pytest.mark.parametrize("kernel", KERNELS)

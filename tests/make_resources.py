@@ -18,8 +18,9 @@ from gpurnn import planning, resources
 from gpurnn.activation import Activation
 from gpurnn.compiler import ptx_of
 from gpurnn.cuda.specs import REAL, KernelSpec, Kind, build, signature
+from gpurnn.planning import Group
 from gpurnn.resources import Resources
-from gpurnn.tile import Tile
+from gpurnn.tile import Share, TensorShare, Tile
 
 __all__ = ["CASES", "TABLE", "Case", "Measured", "measured", "row", "table"]
 
@@ -50,10 +51,15 @@ class Case:
 
     def __str__(self) -> str:
         spec = self.spec
-        tile = spec.sizes
+        sizes = spec.sizes
         parts = [spec.kind, spec.dtype]
-        if isinstance(tile, Tile):
-            parts += [f"h={tile.h}", f"rows={tile.rows}"]
+        if isinstance(sizes, TensorShare) and sizes.kind != spec.dtype:
+            parts.append(sizes.kind)
+        if isinstance(sizes, Share | TensorShare):
+            parts += [f"h={sizes.h}", f"blocks={sizes.blocks}", f"rows={sizes.slice_rows}"]
+            parts.append(str(spec.exchange))
+        if isinstance(sizes, Tile):
+            parts += [f"h={sizes.h}", f"rows={sizes.rows}"]
         parts.append(spec.activation if isinstance(spec.activation, str) else "own_silu")
         if spec.scaled:
             parts.append("scaled")
@@ -64,9 +70,24 @@ class Case:
         return self.spec.sizes if isinstance(self.spec.sizes, Tile) else None
 
     @property
+    def share(self) -> Share | TensorShare | None:
+        sizes = self.spec.sizes
+        return sizes if isinstance(sizes, Share | TensorShare) else None
+
+    @property
     def product(self) -> int:
-        """Multiply-adds of a thread in one product with W_hh."""
-        return self.tile.depth * self.tile.columns * self.tile.rows if self.tile else 0
+        """Multiply-adds of a thread in one product with W_hh, of the rows it takes at a time."""
+        sizes = self.spec.sizes
+        if isinstance(sizes, TensorShare):  # 16 columns of a warp and all its k, over its lanes
+            return sizes.rows * sizes.depth * 16 // 32
+        return sizes.rows * sizes.depth * sizes.columns if isinstance(sizes, Tile | Share) else 0
+
+    @property
+    def product_instructions(self) -> int:
+        """Instructions that it is made of."""
+        if isinstance(self.share, TensorShare):
+            return self.share.registers // 4 * self.share.tiles
+        return self.product
 
     @property
     def itemsize(self) -> int:
@@ -75,6 +96,8 @@ class Case:
     @property
     def dynamic_shared(self) -> int:
         """Bytes of dynamic shared memory that its launch asks for."""
+        if self.share:
+            return self.share.shared_bytes
         return self.tile.shared_weights * self.itemsize if self.tile else 0
 
 
@@ -93,7 +116,7 @@ def measured(case: Case) -> Measured:
     spec = case.spec
     _, ptx = ptx_of(build(spec), signature(spec), case.target, spec.threads)
     listing = resources.listing_of(ptx, case.target)
-    found = resources.of_listing(listing, product=case.product)
+    found = resources.of_listing(listing, product=case.product if case.tile else 0)
     return Measured(found, ptx, resources.sass_of_listing(listing))
 
 
@@ -101,10 +124,15 @@ def row(case: Case) -> dict[str, Any]:
     """Return what the table says of a kernel.
 
     ``useful`` is the share of multiply-adds among the instructions of the recurrent loop: those of
-    the product with W_hh, or all of them in the kernels that are not resident.
+    the product with W_hh, or all of them in the kernels that hold none of it. The loop of a group
+    kernel is a step, or, where a step has several passes, one of those; other instructions of it,
+    such as polling, are run more than once. On tensor cores one instruction is many multiply-adds.
     """
     found = measured(case).resources
     useful = found.useful
+    if case.share:
+        rounds = max(1, found.multiply_adds // case.product)  # of a loop that was unrolled
+        useful = rounds * case.product_instructions / found.loop
     if useful is None:
         useful = found.multiply_adds / found.loop if found.loop else 0.0
     return {
@@ -121,6 +149,8 @@ def table() -> dict[str, Any]:
     found: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))
     return found
 
+
+POINTWISE = ("layer_backward", "tail_forward", "tail_backward")
 
 FORWARD: Kind = "resident_forward"
 BACKWARD: Kind = "resident_backward"
@@ -145,6 +175,75 @@ def _resident(
                     yield Case(spec, target, core)
 
 
+GROUP_FORWARD: Kind = "group_forward"
+GROUP_BACKWARD: Kind = "group_backward"
+
+
+def _group(
+    kinds: tuple[Kind, ...],
+    dtype: str,
+    h: int,
+    blocks: int,
+    exchange: str,
+    rows: int,
+    targets: tuple[tuple[int, int], ...] = (SM_90,),
+    activation: str | Activation = "tanh",
+    *,
+    scaled: bool = False,
+    core: bool = False,
+) -> Iterator[Case]:
+    """Yield what ``plan`` makes of a group of so many blocks; "tf32" is a precision."""
+    found = planning.plan(
+        T=1,
+        n=rows,
+        d=1,
+        h=h,
+        dtype="float32" if dtype == "tf32" else dtype,
+        device=planning.DEVICES["H100"],
+        kernel=Group(blocks, exchange, rows),
+        precision="tf32" if dtype == "tf32" else "ieee",
+    )
+    stored = "float32" if dtype == "tf32" else dtype
+    for kind in kinds:
+        for target in targets:
+            spec = KernelSpec(kind, found.tile, activation, stored, scaled, exchange)
+            yield Case(spec, target, core)
+
+
+def _group_cases() -> Iterator[Case]:
+    both, each = (GROUP_FORWARD, GROUP_BACKWARD), (SM_80, SM_90)
+    # The few that most changes would show in.
+    yield from _group((GROUP_BACKWARD,), "float32", 512, 8, "cluster", 1, core=True)
+    yield from _group((GROUP_FORWARD,), "float32", 512, 8, "flags", 4, core=True)
+    yield from _group((GROUP_FORWARD,), "float16", 512, 8, "cluster", 8, core=True)
+    yield from _group((GROUP_BACKWARD,), "tf32", 512, 16, "flags", 8, (SM_80,), core=True)
+    # float32 products.
+    for rows in (1, 4):
+        yield from _group(both, "float32", 512, 8, "cluster", rows)
+        yield from _group(both, "float32", 512, 8, "flags", rows, each)
+        yield from _group(both, "float32", 512, 8, "counter", rows)
+    yield from _group(both, "float32", 1024, 16, "cluster", 1)
+    yield from _group(both, "float32", 1024, 16, "flags", 4)
+    yield from _group(both, "float32", 1024, 32, "flags", 2)
+    yield from _group(both, "float32", 2048, 128, "flags", 1)
+    yield from _group(both, "float32", 512, 8, "cluster", 1, activation=SILU)
+    yield from _group((GROUP_BACKWARD,), "float32", 512, 8, "flags", 1, scaled=True)
+    # Tensor cores.
+    yield from _group(both, "float16", 512, 8, "cluster", 8)
+    yield from _group(both, "float16", 512, 8, "flags", 8, each)
+    yield from _group(both, "bfloat16", 1024, 32, "counter", 16, each)
+    yield from _group(both, "float16", 1024, 32, "counter", 32)
+    yield from _group(both, "float16", 2048, 64, "counter", 8)
+    yield from _group(both, "tf32", 512, 8, "cluster", 8)
+    yield from _group(both, "tf32", 512, 16, "flags", 8, each)
+    yield from _group(both, "tf32", 1024, 32, "counter", 16)
+    yield from _group(both, "tf32", 2048, 128, "counter", 8)
+    # As many registers as planning lets a kernel have.
+    yield from _group(both, "float16", 655, 12, "flags", 16, activation="softplus")
+    yield from _group(both, "tf32", 720, 16, "cluster", 8, activation=SILU)
+    yield from _group((GROUP_BACKWARD,), "tf32", 512, 8, "cluster", 16, scaled=True)
+
+
 def _cases() -> Iterator[Case]:
     both, each = (FORWARD, BACKWARD), (SM_80, SM_90)
     # The few that most changes to kernels would show in.
@@ -157,6 +256,8 @@ def _cases() -> Iterator[Case]:
     yield from _resident(both, "float32", 128, (1,), activation=SILU, core=True)
     for kind in ("step_forward", "step_backward"):
         yield Case(KernelSpec(kind, planning.SIDE, "tanh", "float32"), SM_90, core=True)
+    for kind in ("tail_forward", "tail_backward"):
+        yield Case(KernelSpec(kind, None, "tanh", "float32"), SM_90, core=True)
     # Every way of sharing out W_hh. Backward kernels hold most; 144 and 200 are shared out like 129
     # and 224, but for the padding.
     for h in (32, 64, 128, 129, 144, 191, 200, 224, 256):
@@ -189,17 +290,22 @@ def _cases() -> Iterator[Case]:
         "step_backward",
         "layer_forward",
         "layer_backward",
+        "tail_forward",
+        "tail_backward",
     )
     for kind in kinds:
         for dtype in planning.DTYPES:
-            side = None if kind == "layer_backward" else planning.SIDE
+            side = None if kind in POINTWISE else planning.SIDE
             targets = each if dtype == "float32" else (SM_90,)
             for target in targets:
                 yield Case(KernelSpec(kind, side, "tanh", dtype), target, core=False)
     yield Case(KernelSpec("step_backward", planning.SIDE, "tanh", "float32", True), SM_90, False)
+    yield Case(KernelSpec("tail_backward", None, "tanh", "float32", True), SM_90, False)
+    yield Case(KernelSpec("tail_forward", None, SILU, "float32"), SM_90, False)
     yield from _resident(both, "float32", 128, (1,), (SM_100,))
     yield from _resident(both, "float32", 224, (4,), (SM_100,))
     yield from _resident((BACKWARD,), "float64", 64, (1,), (SM_100,))
+    yield from _group_cases()
 
 
 def _once() -> tuple[Case, ...]:

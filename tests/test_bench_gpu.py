@@ -375,7 +375,9 @@ class Watching(RecordingEngine):
         super().launch(spec, *rest, **more)
 
 
-@pytest.mark.parametrize("kernel", ["step", "concatenated", "resident", Group(2, "counter", 3)])
+@pytest.mark.parametrize(
+    "kernel", ["step", "concatenated", "resident", "gemm", Group(2, "counter", 3)]
+)
 def test_kernels_compiled_ahead_are_those_that_run(engine: Engine, kernel: Any) -> None:
     watching = Watching(engine)
     watching.seen = set()
@@ -384,6 +386,22 @@ def test_kernels_compiled_ahead_are_those_that_run(engine: Engine, kernel: Any) 
     states, Z, plan = operations.rnn_forward(watching, kernel, X, h_0, W_xh, W_hh, b_h, phi)
     operations.rnn_backward(watching, plan, states[1:], X, states, Z, W_xh, W_hh, phi, None)
     assert watching.seen == set(ahead.specs_of(TINY.shape, "float32", kernel, H100))
+
+
+@pytest.mark.parametrize(("T", "forward", "backward"), [(9, 2, 4), (3, 6, 7)])
+def test_graphs_and_products_are_recorded(
+    engine: Engine, T: int, forward: int, backward: int
+) -> None:
+    """Of 9 steps those of 8 + 1 and of 8, the last step's φ′ and dh_0 apart; of 3 each."""
+    ahead, back = RecordingEngine(engine), RecordingEngine(engine)
+    X, h_0, W_xh, W_hh, b_h = common.Problem(Shape(T, 2, 4, 5)).arguments(np.float32)
+    phi = validate.activation("tanh")
+    states, Z, plan = operations.rnn_forward(ahead, "gemm", X, h_0, W_xh, W_hh, b_h, phi)
+    operations.rnn_backward(back, plan, states[1:], X, states, Z, W_xh, W_hh, phi, None)
+    for recorded, count in ((ahead, forward), (back, backward)):
+        assert recorded.count == len(recorded.launches) == count
+        recorded.replay()
+        assert recorded.count == len(recorded.launches) == count
 
 
 def test_compiling_in_processes_beside_each_other(

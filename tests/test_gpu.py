@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import ACTIVATIONS, CASES, EMPTY, SMALL, Case, draw, draw_off_kink
+from cases import ACTIVATIONS, CASES, EMPTY, SMALL, Case, Draw, draw, draw_off_kink
 from gpu_setup import (
     GPU,
     NAMES,
@@ -21,16 +21,20 @@ from tolerance import KINK_MARGIN, assert_close, assert_same_bits
 
 from gpurnn import Activation, planning
 from gpurnn import functional as F
-from gpurnn.cuda import arrays
-from gpurnn.cuda.engines import limits_of
+from gpurnn.cuda import arrays, graphs
+from gpurnn.cuda.engines import GPUEngine, limits_of
 
 __all__ = ["cp", "gpu"]  # fixtures
 
 pytestmark = pytest.mark.gpu
 
-KERNELS = ("resident", "step", "concatenated")
+KERNELS = ("resident", "step", "concatenated", "gemm")
 PRIME = next(case for case in SMALL if case.name == "prime")
 HALF_CASES = [c for c in CASES if c.name in ("odd", "prime", "past-32", "past-64-one-row")]
+
+LEAKY = Activation(
+    lambda z: 0.9 * math.tanh(z) + 0.1 * z, lambda z: 1 - 0.9 * math.tanh(z) ** 2, name="leaky"
+)  # φ′ is a function of the pre-activation
 
 each_kernel = pytest.mark.parametrize("kernel", KERNELS)
 each_dtype = pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["float32", "float64"])
@@ -45,7 +49,7 @@ def test_floats(gpu: GPU, kernel: str, dtype: Any, case: Case) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @each_dtype
-@pytest.mark.parametrize("kernel", ["resident", "step"])
+@pytest.mark.parametrize("kernel", ["resident", "step", "gemm"])
 def test_ids_without_state_and_bias(gpu: GPU, kernel: str, dtype: Any, case: Case) -> None:
     drawn = draw(case, dtype=dtype)
     assert_as_reference(gpu, case, drawn, kernel=kernel, by_id=True, h_0=False, bias=False)
@@ -70,7 +74,7 @@ def test_empty(gpu: GPU, kernel: str, case: Case) -> None:
 
 
 @pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name != "tanh"])
-@pytest.mark.parametrize("kernel", ["resident", "step"])
+@pytest.mark.parametrize("kernel", ["resident", "step", "gemm"])
 def test_activations(gpu: GPU, kernel: str, activation: str) -> None:
     margin = KINK_MARGIN[np.dtype(np.float32)]
     drawn = draw_off_kink(PRIME, margin) if activation == "relu" else draw(PRIME)
@@ -84,9 +88,7 @@ def test_own_activation(gpu: GPU, kernel: str, of_output: bool) -> None:
     if of_output:
         own = Activation(lambda z: 2 * math.tanh(z), lambda y: 2 - y * y / 2, of_output=True)
     else:
-        own = Activation(
-            lambda z: 0.9 * math.tanh(z) + 0.1 * z, lambda z: 1 - 0.9 * math.tanh(z) ** 2
-        )
+        own = LEAKY
     assert_as_reference(gpu, PRIME, draw(PRIME, dtype=np.float32), own, kernel=kernel)
 
 
@@ -103,10 +105,95 @@ def test_truncation(gpu: GPU, kernel: str) -> None:
         assert_close(name, gpu.get(a), b, length=PRIME.length)  # type: ignore[arg-type]
 
 
+def assert_from_checkpoints(
+    gpu: GPU, case: Case, drawn: Draw, activation: Any, kernel: str, by_id: bool, k: int
+) -> None:
+    """Hold the gradients from every k-th state against the reference's by the tests' rule."""
+    truth = reference(drawn, activation, np.float64, by_id=by_id)
+    single = drawn.X.dtype == np.float32
+    baseline = reference(drawn, activation, np.float32, by_id=by_id) if single else {}
+    arguments = [gpu.put(a) for a in drawn.arguments(by_id=by_id)]
+    H, residuals = F.rnn_forward(
+        *arguments, activation=activation, kernel=kernel, checkpoint_every=k
+    )
+    kept = gpu.get(H)
+    assert residuals.states.shape == (-(-case.T // k), case.n, case.h)
+    H.fill(np.nan)  # so that whatever still reads it is seen
+    found = (
+        kept,
+        *(gpu.get(a) for a in F.rnn_backward(gpu.put(drawn.dH), residuals) if a is not None),
+    )
+    names = [name for name in NAMES if not (by_id and name == "dX")]
+    for name, a in zip(names, found, strict=True):
+        lost = baseline.get(name)
+        assert_close(f"{kernel} {name}", a, truth[name], length=case.length, baseline=lost)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 7, 12])
+@pytest.mark.parametrize("activation", ["tanh", LEAKY], ids=str)
+@each_dtype
+@each_kernel
+def test_checkpoints(gpu: GPU, kernel: str, dtype: Any, activation: Any, k: int) -> None:
+    drawn = draw(PRIME, dtype=dtype)
+    for by_id in (False, True) if kernel != "concatenated" else (False,):
+        assert_from_checkpoints(gpu, PRIME, drawn, activation, kernel, by_id, k)
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+@each_kernel
+def test_checkpoints_of_half_types(gpu: GPU, kernel: str, name: str) -> None:
+    dtypes = pytest.importorskip("ml_dtypes", reason="bfloat16 needs ml_dtypes")
+    dtype = np.float16 if name == "float16" else dtypes.bfloat16
+    drawn = draw(PRIME).astype(dtype)
+    truth = reference(drawn, "tanh", np.float64)
+    arguments = [gpu.put(a) for a in drawn.arguments()]
+    H, residuals = F.rnn_forward(*arguments, kernel=kernel, checkpoint_every=3)
+    found = (H, *F.rnn_backward(gpu.put(drawn.dH), residuals))
+    u = float(dtypes.finfo(dtype).eps) / 2
+    for label, a in zip(NAMES, found, strict=True):
+        error = np.abs(gpu.get(a).astype(np.float64) - truth[label]).max()
+        assert error <= 4 * PRIME.T**0.5 * u * np.abs(truth[label]).max(), label
+
+
+@pytest.mark.parametrize("kernel", ["resident", "step"])
+def test_states_from_checkpoints_have_the_same_bits(gpu: GPU, kernel: str) -> None:
+    """Where X are ids no product stands before the recurrence: dh_0 is that of all states."""
+    case = Case("again", T=33, n=37, d=19, h=131)
+    drawn = draw(case, dtype=np.float32)
+    arguments, dH = [gpu.put(a) for a in drawn.arguments(by_id=True)], gpu.put(drawn.dH)
+    whole = F.rnn_backward(dH, F.rnn_forward(*arguments, kernel=kernel)[1])
+    for k in (1, 5, 11, 32):
+        _, residuals = F.rnn_forward(*arguments, kernel=kernel, checkpoint_every=k)
+        dh_0 = F.rnn_backward(dH, residuals)[1]
+        assert np.array_equal(gpu.get(dh_0), gpu.get(whole[1])), k
+
+
+def test_checkpoints_of_a_book(gpu: GPU) -> None:
+    """200,000 steps of one row: little is held once H is gone, and the gradients are right."""
+    case, k = Case("book", T=200_000, n=1, d=28, h=128), 1000
+    drawn = draw(case, dtype=np.float32)
+    arguments, dH = [gpu.put(a) for a in drawn.arguments(by_id=True)], gpu.put(drawn.dH)
+    whole = [gpu.get(a) for a in F.rnn_backward(dH, F.rnn_forward(*arguments)[1])[1:]]
+    pool = gpu.cp.get_default_memory_pool()
+    before = pool.used_bytes()
+    residuals = F.rnn_forward(*arguments, checkpoint_every=k)[1]
+    state = case.n * case.h * 4
+    assert pool.used_bytes() - before < 2 * case.T // k * state
+    found = [gpu.get(a) for a in F.rnn_backward(dH, residuals)[1:]]
+    truth = reference(drawn, "tanh", np.float64, by_id=True)
+    for name, a, b in zip(NAMES[2:], found, whole, strict=True):
+        assert_close(name, a, truth[name], length=case.length, baseline=b)
+
+
 LARGE = [
     ("step", Case("wide", T=48, n=9, d=31, h=1024)),
     ("step", Case("many-rows", T=5, n=1031, d=3, h=257)),
     ("concatenated", Case("wide-concatenated", T=9, n=33, d=129, h=513)),
+    ("gemm", Case("wide-products", T=48, n=9, d=31, h=1024)),
+    ("gemm", Case("wider-products", T=9, n=3, d=5, h=2048)),
+    ("gemm", Case("many-rows-of-products", T=5, n=1031, d=3, h=257)),
+    ("gemm", Case("long-products", T=1000, n=2, d=3, h=33)),
+    (None, Case("planned-products", T=35, n=16, d=28, h=600)),
     ("resident", Case("long", T=4096, n=3, d=4, h=32)),
     ("resident", Case("more-rows-than-blocks", T=7, n=2111, d=5, h=67)),
     (None, Case("planned", T=64, n=32, d=28, h=256)),
@@ -130,7 +217,7 @@ def test_largest_resident(gpu: GPU, dtype: Any) -> None:
         planning.plan(T=1, n=1, d=1, h=h + 1, dtype=name, device=limits, kernel="resident")
 
 
-@pytest.mark.parametrize("kernel", ["resident", "step"])
+@pytest.mark.parametrize("kernel", ["resident", "step", "gemm"])
 def test_more_elements_than_32_bits_count(gpu: GPU, kernel: str) -> None:
     """H has over 2³¹ elements: its first and last steps, and the gradients there, are right."""
     T, n, d, h, last = 16_500, 1024, 1, 128, 4
@@ -168,7 +255,7 @@ def test_same_bits_every_time(gpu: GPU, kernel: str) -> None:
             assert_same_bits(name, a, first[name])
 
 
-@pytest.mark.parametrize("kernel", ["resident", "step"])
+@pytest.mark.parametrize("kernel", ["resident", "step", "gemm"])
 def test_rows_know_nothing_of_each_other(gpu: GPU, kernel: str) -> None:
     """The other rows' contents change no bit of a row's states and of its own gradients."""
     case = Case("rows", T=9, n=23, d=7, h=65)
@@ -230,7 +317,7 @@ extern "C" __global__ void spin(long long cycles) {
 """
 
 
-@pytest.mark.parametrize("kernel", ["resident", "step"])
+@pytest.mark.parametrize("kernel", ["resident", "step", "gemm"])
 def test_current_stream(gpu: GPU, kernel: str) -> None:
     """What is queued before on the current stream is done before: h_0 is written behind a delay."""
     cp = gpu.cp
@@ -248,6 +335,105 @@ def test_current_stream(gpu: GPU, kernel: str) -> None:
         H, _ = F.rnn_forward(X, late, *weights, kernel=kernel)
         stream.synchronize()
     assert_same_bits("H", gpu.get(H), gpu.get(right))
+
+
+def test_graphs_serve_other_arrays_and_other_lengths(gpu: GPU) -> None:
+    for seed, T in enumerate((5, 71, 33, 4, 5)):
+        case = Case("again", T=T, n=9, d=7, h=300)
+        assert_as_reference(gpu, case, draw(case, seed=seed, dtype=np.float32), kernel="gemm")
+
+
+def test_nan_of_one_call_does_not_reach_the_next(gpu: GPU) -> None:
+    case = Case("spoilt", T=37, n=9, d=7, h=65)
+    drawn = draw(case, dtype=np.float32)
+    spoilt = [gpu.put(np.full_like(a, np.nan)) for a in drawn.arguments() if a is not None]
+    H, residuals = F.rnn_forward(*spoilt, kernel="gemm")
+    F.rnn_backward(H, residuals)
+    assert bool(gpu.cp.isnan(H).all())
+    assert_as_reference(gpu, case, drawn, kernel="gemm")
+
+
+def test_more_shapes_than_graphs_are_kept(gpu: GPU) -> None:
+    for n in (*range(1, graphs.MOST_GRAPHS + 2), 1, 2):
+        case = Case("many", T=5, n=n, d=3, h=33)
+        assert_as_reference(gpu, case, draw(case, dtype=np.float32), kernel="gemm")
+
+
+def test_two_streams_with_one_graph(gpu: GPU) -> None:
+    """The second is queued while the first still waits in its stream: neither spoils the other."""
+    cp = gpu.cp
+    case = Case("turns", T=37, n=9, d=7, h=65)
+    passes = [
+        [gpu.put(a) for a in draw(case, seed=i, dtype=np.float32).arguments()] for i in (0, 1)
+    ]
+    right = [gpu.get(F.rnn_forward(*arguments, kernel="gemm")[0]) for arguments in passes]
+    spin = cp.RawKernel(SPIN, "spin")
+    spin((1,), (1,), (np.int64(1),))
+    cp.cuda.Device().synchronize()
+    found = []
+    for cycles, arguments in zip((200_000_000, 1), passes, strict=True):
+        with cp.cuda.Stream(non_blocking=True) as stream:
+            spin((1,), (1,), (np.int64(cycles),))
+            found.append((F.rnn_forward(*arguments, kernel="gemm")[0], stream))
+    for (H, stream), expected in zip(found, right, strict=True):
+        stream.synchronize()
+        assert_same_bits("H", gpu.get(H), expected)
+
+
+@each_kernel
+def test_within_a_capture_of_the_caller(gpu: GPU, kernel: str) -> None:
+    """A pass is captured whole and replayed with other numbers in the same arrays."""
+    cp = gpu.cp
+    case = Case("captured", T=37, n=9, d=7, h=65)
+    first, other = (draw(case, seed=seed, dtype=np.float32) for seed in (0, 1))
+    arguments, dH = [gpu.put(a) for a in first.arguments()], gpu.put(first.dH)
+
+    def run() -> list[Any]:
+        H, residuals = F.rnn_forward(*arguments, kernel=kernel)
+        return [H, *F.rnn_backward(dH, residuals)]
+
+    run()  # compiled and loaded
+    pool = cp.cuda.MemoryPool()  # the graph's, whose memory nothing else gets
+    stream = cp.cuda.Stream(non_blocking=True)
+    cp.cuda.Device().synchronize()
+    with stream, cp.cuda.using_allocator(pool.malloc):
+        stream.begin_capture()
+        found = run()
+        graph = stream.end_capture()
+    for drawn in (first, other):
+        for a, b in zip((*arguments, dH), (*drawn.arguments(), drawn.dH), strict=True):
+            a.set(b)
+        cp.cuda.Device().synchronize()
+        graph.launch(stream)
+        stream.synchronize()
+        truth = reference(drawn, "tanh", np.float64)
+        lost = reference(drawn, "tanh", np.float32)
+        for name, a in zip(NAMES, found, strict=True):
+            assert_close(name, gpu.get(a), truth[name], length=case.length, baseline=lost[name])
+
+
+PRODUCTS = [(1, 1, 1), (1, 300, 257), (33, 1, 5), (129, 65, 1), (64, 512, 512)]
+
+
+@pytest.mark.parametrize("written", ["own", "float32"])
+@pytest.mark.parametrize("name", ["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("shape", PRODUCTS, ids=str)
+def test_products_by_cublas(gpu: GPU, shape: tuple[int, int, int], name: str, written: str) -> None:
+    """Small integers, which every type has and sums exactly, and transposes of the factors."""
+    dtypes = pytest.importorskip("ml_dtypes", reason="bfloat16 needs ml_dtypes")
+    if written == "float32" and name in ("float32", "float64"):
+        pytest.skip("this dtype writes its own")
+    dtype = np.dtype(dtypes.bfloat16 if name == "bfloat16" else name)
+    m, k, n = shape
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(-1, 2, (m, k)), rng.integers(-1, 2, (k, n))
+    into = dtype if written == "own" else np.dtype(np.float32)
+    engine = GPUEngine(gpu.cp.cuda.Device().id)
+    for A in (gpu.put(a.astype(dtype)), gpu.put(np.ascontiguousarray(a.T).astype(dtype)).T):
+        for B in (gpu.put(b.astype(dtype)), gpu.put(np.ascontiguousarray(b.T).astype(dtype)).T):
+            out = gpu.put(np.full((m, n), np.nan, into))
+            engine.step_product(A, B, out, engine.workspace())
+            assert_same_bits("product", gpu.get(out), (a @ b).astype(into))
 
 
 def test_numpy_among_them_is_refused(gpu: GPU) -> None:

@@ -17,7 +17,7 @@ from tolerance import assert_same_bits
 import gpurnn
 from gpurnn import functional as F
 from gpurnn import planning
-from gpurnn.cuda import engines, operations
+from gpurnn.cuda import engines
 from gpurnn.cuda.specs import KernelSpec
 
 ODD = next(case for case in SMALL if case.name == "odd")
@@ -26,8 +26,7 @@ ODD = next(case for case in SMALL if case.name == "odd")
 @pytest.fixture
 def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[fake_cupy.FakeCuPy]:
     yield fake_cupy.install(monkeypatch)
-    for cached in (engines.cupy, engines.limits_of, engines._function, operations._kept):
-        cached.cache_clear()
+    fake_cupy.clear()
 
 
 def run(arguments: Any, dH: Any, kernel: str | None = None, xi: Any = None) -> dict[str, Any]:
@@ -71,6 +70,35 @@ def test_the_same_bits_as_under_the_emulator(
         assert isinstance(a, fake_cupy.Array)
         if name in exact:
             assert_same_bits(name, a.view(np.ndarray), expected[name])
+
+
+@pytest.mark.parametrize(
+    ("kernel", "by_id"), [("resident", False), ("resident", True), ("concatenated", False)]
+)
+@pytest.mark.parametrize("dtype", [np.float32, *HALVES])
+def test_checkpoints_on_a_device_that_is_not_the_current_one(
+    cupy: fake_cupy.FakeCuPy, kernel: str, by_id: bool, dtype: Any
+) -> None:
+    drawn = draw(ODD).astype(dtype)
+    xi = np.array([2, 0, 1, 0.5, 1.5], dtype)
+    with cupy.cuda.Device(3):
+        arguments = [cupy.new(a) for a in drawn.arguments(by_id=by_id)]
+        dH, factors = cupy.new(drawn.dH), cupy.new(xi)
+    H, residuals = F.rnn_forward(*arguments, kernel=kernel, checkpoint_every=2)
+    assert residuals.states.shape == (3, ODD.n, ODD.h)
+    assert not np.shares_memory(residuals.states, H)
+    found = [a for a in F.rnn_backward(dH, residuals, xi=factors) if a is not None]
+    assert {a.device.id for a in (H, residuals.states, *found)} == {3}
+    assert len(cupy.launches) == (3 if kernel == "resident" else ODD.T) * 2 + (
+        1 if kernel == "resident" else ODD.T + 3
+    )
+    if dtype in HALVES:  # NumPy's own products of halves are not CuPy's
+        return
+    with gpurnn.emulated():
+        kept = F.rnn_forward(*drawn.arguments(by_id=by_id), kernel=kernel, checkpoint_every=2)[1]
+        expected = [a for a in F.rnn_backward(drawn.dH, kept, xi=xi) if a is not None]
+    for a, b in zip(found, expected, strict=True):
+        assert_same_bits("gradient", a.view(np.ndarray), b)
 
 
 def test_layers_without_a_state(cupy: fake_cupy.FakeCuPy) -> None:

@@ -1,4 +1,4 @@
-"""The group kernel under the emulator: every exchange, groups of 2 to 8 blocks, races looked for."""
+"""The group kernel under the emulator: every exchange, groups of 2 to 8 blocks, race check on."""
 
 import math
 from itertools import pairwise
@@ -37,9 +37,7 @@ def assert_group_as_reference(
     assert found.keys() == truth.keys()
     for name, a in found.items():
         assert a.dtype == np.float32
-        assert_close(
-            f"{group} {name}", a, truth[name], length=case.length, baseline=baseline[name]
-        )
+        assert_close(f"{group} {name}", a, truth[name], length=case.length, baseline=baseline[name])
 
 
 QUICK = [

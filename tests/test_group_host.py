@@ -14,7 +14,7 @@ from tolerance import assert_close, assert_same_bits
 
 import gpurnn
 from gpurnn import functional as F
-from gpurnn.cuda import engines, launching, operations, reports
+from gpurnn.cuda import engines, launching, reports
 from gpurnn.cuda.specs import KernelSpec
 from gpurnn.planning import Group
 
@@ -26,8 +26,7 @@ each_exchange = pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.fixture
 def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[fake_cupy.FakeCuPy]:
     yield fake_cupy.install(monkeypatch)
-    for cached in (engines.cupy, engines.limits_of, engines._function, operations._kept):
-        cached.cache_clear()
+    fake_cupy.clear()
 
 
 def run(cupy: fake_cupy.FakeCuPy, drawn: Any, kernel: Any, xi: Any = None) -> dict[str, Any]:
@@ -45,7 +44,7 @@ def forward(cupy: fake_cupy.FakeCuPy, drawn: Any, kernel: Any) -> Any:
 def test_as_the_reference(cupy: fake_cupy.FakeCuPy, exchange: str) -> None:
     """Packed arguments, scratch, report and configuration are what the kernels take."""
     drawn = draw(ODD, dtype=np.float32)
-    cupy.stream = 7
+    cupy.stream_stack.append(fake_cupy.Stream(cupy, ptr=7))
     found = run(cupy, drawn, Group(2, exchange, rows=1))
     truth, baseline = exact(drawn), results(drawn)
     for name, a in found.items():

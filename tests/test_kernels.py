@@ -31,7 +31,9 @@ PRIME = next(case for case in SMALL if case.name == "prime")
 # The tiled kernels take a thread for each number: what is large takes them seconds.
 QUICK = [
     pytest.param(
-        kernel, case, marks=[] if kernel == "resident" or case in SMALL else pytest.mark.slow
+        kernel,
+        case,
+        marks=[] if kernel in ("resident", "gemm") or case in SMALL else pytest.mark.slow,
     )
     for kernel in KERNELS
     for case in CASES
@@ -154,7 +156,7 @@ def test_each_schedule_gives_the_same_bits(kernel: str) -> None:
 
 @each_kernel
 def test_a_row_does_not_depend_on_the_others(kernel: str) -> None:
-    """Neither on what they hold, nor on how many there are."""
+    """Neither on what they hold, nor, but for those of gemm, on how many there are."""
     drawn = draw(PRIME, dtype=np.float32)
     X, h_0, *weights = drawn.arguments()
     assert h_0 is not None
@@ -165,11 +167,13 @@ def test_a_row_does_not_depend_on_the_others(kernel: str) -> None:
         dh_0 = F.rnn_backward(drawn.dH, residuals)[1]
         H_other, _ = F.rnn_forward(other_X, other_h_0, *weights, kernel=kernel)
         assert_same_bits("row 0 beside other rows", H_other[:, 0], H[:, 0])
+        assert np.isfinite(dh_0).all()
+        if kernel == "gemm":  # whose sums a library orders as it likes for each number of rows
+            return
         states = _recurrence_alone(X[:, :1], h_0[:1], weights, kernel)
         assert_same_bits(
             "row 0 alone", states[:, 0], _recurrence_alone(X, h_0, weights, kernel)[:, 0]
         )
-    assert np.isfinite(dh_0).all()
 
 
 def _recurrence_alone(X: Array, h_0: Array, weights: list[Any], kernel: str) -> Array:

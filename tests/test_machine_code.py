@@ -16,14 +16,18 @@ import gpurnn.kernels
 from gpurnn import compiler, planning
 from gpurnn.cuda import machine_code
 from gpurnn.cuda.specs import ARGUMENTS, KernelSpec, build, signature
+from gpurnn.tile import Share
 
 pytest.importorskip("cuda.core", reason="machine code needs cuda-core")
 
 TILE = planning.resident_tiles(5, "float32")[0]
+SHARE = Share(5, 2, 2, 2, 1, 1, 4)
 CHEAP = KernelSpec("layer_backward", None, "relu", "float32")
 
 
 def spec_of(kind: str, scaled: bool = False) -> KernelSpec:
+    if kind.startswith("group"):
+        return KernelSpec(kind, SHARE, "tanh", "float32", scaled, "flags")  # type: ignore[arg-type]
     sizes = TILE if kind.startswith("resident") else None if kind == "layer_backward" else 16
     return KernelSpec(kind, sizes, "tanh", "float32", scaled)  # type: ignore[arg-type]
 
@@ -56,7 +60,7 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (kind, scaled)
         for kind in ARGUMENTS
         for scaled in (False, True)
-        if not scaled or kind in ("resident_backward", "step_backward")
+        if not scaled or kind in ("resident_backward", "group_backward", "step_backward")
     ],
 )
 def test_the_kernel_s_parameters_are_those_the_host_packs(kind: str, scaled: bool) -> None:
@@ -117,10 +121,11 @@ def test_every_part_of_a_specification_tells_kernels_apart() -> None:
         dataclasses.replace(spec, activation="relu"),
         dataclasses.replace(spec, dtype="float64"),
         dataclasses.replace(spec, scaled=True),
+        dataclasses.replace(spec, exchange="flags"),
     ]
     assert len(others) == len(dataclasses.fields(spec))
     keys = {machine_code._key(s, (9, 0)) for s in (spec, *others)}
-    assert len(keys | {machine_code._key(spec, (8, 0))}) == 7
+    assert len(keys | {machine_code._key(spec, (8, 0))}) == 8
 
 
 def test_the_sources_that_machine_code_depends_on(

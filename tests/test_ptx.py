@@ -13,7 +13,9 @@ from offline import assemble, cuda, each_target, ptx_of
 numba = pytest.importorskip("numba")
 from numba.core.errors import TypingError  # noqa: E402
 
+from gpurnn import resources  # noqa: E402
 from gpurnn.kernels import ptx  # noqa: E402  (needs numba-cuda)
+from gpurnn.sass import instruction_mix, recurrent_loop  # noqa: E402
 
 emulator = pytest.importorskip("gpurnn.emulator", reason="the emulator needs greenlet")
 
@@ -215,6 +217,8 @@ SCALARS = {
     "unpack_bf16x2": (unpacks, u4, f4, "and.b32 %f2, %r1, 0xffff0000"),
     "unpack_f16x2": (unpacks, u4, f4, "cvt.f32.f16"),
     "bar_sync": (lambda _: bars, f4, f4, "bar.sync"),
+    "float_bits": (on_floats, f4, u4, "mov.b32 %r1, %f1"),
+    "bits_float": (on_floats, u4, f4, "mov.b32 %f1, %r1"),
 }
 
 
@@ -226,6 +230,25 @@ def test_instructions_on_scalars(name: str, target: tuple[int, int]) -> None:
     assert instruction in text
     assert ".f64" not in text
     assemble(text, target)
+
+
+@pytest.mark.parametrize("dtype", [u2, numba.int16], ids=str)
+def test_16_bits_into_another_block(dtype: Any) -> None:
+    def kernel(x):
+        shared = cuda.shared.array(8, dtype)
+        shared[cuda.threadIdx.x] = x[0]
+        ptx.cluster_store(shared, 5, 1, x[1])
+        x[2] = shared[5]
+
+    text = ptx_of(kernel, (dtype[::1],), (9, 0))
+    assert text.count("st.shared::cluster.b16") == 1
+    assemble(text, (9, 0))
+
+    def reads(x):
+        x[0] = ptx.cluster_load(cuda.shared.array(8, dtype), 5, 0)
+
+    with pytest.raises(TypingError, match="cluster_load"):
+        ptx_of(reads, (dtype[::1],), (9, 0))
 
 
 @pytest.mark.parametrize("dtype", [f4, f8, numba.int32, numba.uint64], ids=str)
@@ -296,6 +319,24 @@ def test_a_cluster_in_the_emulator() -> None:
     np.testing.assert_array_equal(y, expected)
 
 
+def test_halves_into_another_block_in_the_emulator() -> None:
+    def kernel(x, y):
+        shared = cuda.shared.array(32, u2)
+        thread = cuda.threadIdx.x
+        rank = ptx.cluster_rank()
+        ptx.cluster_arrive()
+        ptx.cluster_wait()
+        ptx.cluster_store(shared, thread, 1 - rank, x[rank, thread])
+        ptx.cluster_arrive()
+        ptx.cluster_wait()
+        y[rank, thread] = shared[thread]
+
+    x = np.arange(64, dtype=np.uint16).reshape(2, 32) * 1023
+    y = np.zeros_like(x)
+    emulator.launch(kernel, 2, 32, (x, y), cluster=2)
+    np.testing.assert_array_equal(y, x[::-1])
+
+
 def test_conversions_in_the_emulator() -> None:
     pytest.importorskip("greenlet", reason="the emulator needs greenlet")
     from gpurnn.emulator import launch
@@ -321,6 +362,102 @@ def test_conversions_in_the_emulator() -> None:
     np.testing.assert_array_equal(y[[3, 5]], np.full((2, 8), -2, np.float32))
     np.testing.assert_allclose(y[6], np.exp2(-x), rtol=1e-6)
     np.testing.assert_array_equal(y[7], np.tanh(x.astype(np.float64)).astype(np.float32))
+
+
+# ---------------------------------------------------------------------------------------
+# Bits, and several numbers at once
+# ---------------------------------------------------------------------------------------
+
+
+def test_the_bits_of_a_float() -> None:
+    x = some_floats()
+    bits = np.array(twin("float_bits", x))
+    assert bits.dtype == np.uint32
+    np.testing.assert_array_equal(bits, x.view(np.uint32))
+    back = np.array(twin("bits_float", bits))
+    assert back.dtype == np.float32
+    np.testing.assert_array_equal(back.view(np.uint32), bits)
+
+
+def test_four_floats_in_the_emulator() -> None:
+    def kernel(x, out):
+        shared = cuda.shared.array(32, f4)
+        i = cuda.threadIdx.x
+        shared[i] = x[i]
+        cuda.syncthreads()
+        if i < 8:
+            four = ptx.load_floats4(shared, 4 * i)
+            for k in range(4):
+                out[4 * i + k] = four[k]
+
+    def beyond(x, out):
+        out[0] = ptx.load_floats4(x, 32)[0]
+
+    x = np.random.default_rng(0).standard_normal(34, np.float32)
+    out = np.zeros(32, np.float32)
+    emulator.launch(kernel, 1, 32, (x, out))
+    np.testing.assert_array_equal(out, x[:32])
+    with pytest.raises(emulator.BoundsError):
+        emulator.launch(beyond, 1, 1, (x, out))
+
+
+def test_a_pair_that_another_block_writes_in_the_emulator() -> None:
+    """Each number by itself: a reader may see the second without the first."""
+
+    def kernel(words, out):
+        if cuda.blockIdx.x == 0:
+            ptx.store_relaxed(words, 3, numba.uint64(5))
+            ptx.store_relaxed(words, 2, numba.uint64(2**63))
+        else:
+            first, second = ptx.load_relaxed_pair(words, 2)
+            while first == numba.uint64(0) or second == numba.uint64(0):
+                first, second = ptx.load_relaxed_pair(words, 2)
+            out[0], out[1] = first, second
+
+    for seed in (None, 1, 2):
+        words, out = np.zeros(4, np.uint64), np.zeros(2, np.uint64)
+        emulator.launch(kernel, 2, 1, (words, out), seed=seed)
+        assert out.tolist() == [2**63, 5]
+
+
+def mix_of(kernel: Callable[..., None], signature: tuple[Any, ...], target: Any) -> Any:
+    text = ptx_of(kernel, signature, target)
+    assemble(text, target)
+    try:
+        sass = resources.sass_of(text, target)
+    except resources.ToolMissing as e:
+        pytest.skip(str(e))
+    return instruction_mix(sass), sass
+
+
+@each_target
+def test_four_floats_are_one_load(target: tuple[int, int]) -> None:
+    def kernel(x, out):
+        shared = cuda.shared.array(128, f4)
+        i = cuda.threadIdx.x
+        for k in range(4):
+            shared[32 * k + i] = x[32 * k + i]
+        cuda.syncthreads()
+        a, b, c, d = ptx.load_floats4(shared, 4 * i)
+        out[i] = a + b * c + d
+
+    mix, _ = mix_of(kernel, (f4[::1], f4[::1]), target)
+    assert mix["LDS.128"] == 1 and mix["LDS"] + mix["LDS.64"] == 0
+
+
+@each_target
+def test_a_pair_is_one_load_that_is_repeated(target: tuple[int, int]) -> None:
+    def kernel(words, out):
+        first, second = ptx.load_relaxed_pair(words, 0)
+        while first != second:
+            first, second = ptx.load_relaxed_pair(words, 0)
+        out[0] = first
+
+    u8 = numba.uint64
+    mix, sass = mix_of(kernel, (u8[::1], u8[::1]), target)
+    strong = re.findall(r"LDG\.E\.128\.STRONG\.GPU", sass)
+    assert len(strong) == mix["LDG.128"] >= 1
+    assert any("LDG.E.128.STRONG" in line for line in recurrent_loop(sass).splitlines())
 
 
 # ---------------------------------------------------------------------------------------

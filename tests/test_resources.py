@@ -20,6 +20,7 @@ from make_resources import CASES, Case, Measured, measured, row, table  # noqa: 
 from gpurnn import compiler, planning, resources  # noqa: E402
 from gpurnn.cuda.specs import build, signature  # noqa: E402
 from gpurnn.resources import ToolMissing, instruction_mix, recurrent_loop  # noqa: E402
+from gpurnn.tile import TensorShare  # noqa: E402
 
 REGENERATE = "If this is meant to be: python tests/make_resources.py"
 MORE_REGISTERS = 4
@@ -83,6 +84,8 @@ def faults(case: Case, found: Measured) -> list[str]:
     narrow = [a for a in GLOBAL_ACCESS.findall(found.sass) if ".64" not in a.partition("[")[2]]
     if narrow:
         wrong.append(f"expected 64-bit addresses of global memory, not {narrow[0]}")
+    if case.share:
+        return wrong + group_faults(case, found)
     return wrong + (resident_faults(case, found) if case.tile else [])
 
 
@@ -101,6 +104,26 @@ def resident_faults(case: Case, found: Measured) -> list[str]:
         )
     if not instruction_mix(recurrent_loop(found.sass))["LDS.128"]:
         wrong.append("no LDS.128 in the recurrent loop: expected 128-bit loads of shared memory")
+    return wrong
+
+
+def group_faults(case: Case, found: Measured) -> list[str]:
+    r, wrong = found.resources, []
+    if r.shared:
+        wrong.append(f"{r.shared} bytes of static shared memory: expected all of it dynamic")
+    if r.multiply_adds < case.product:
+        wrong.append(
+            f"{r.multiply_adds} multiply-adds in the recurrent loop: expected the product's "
+            f"{case.product} at least"
+        )
+    mix = instruction_mix(recurrent_loop(found.sass))
+    if not mix["LDS.128"]:
+        wrong.append("no LDS.128 in the recurrent loop: expected 128-bit loads of shared memory")
+    if isinstance(case.share, TensorShare) and mix["HMMA"] % case.product_instructions:
+        wrong.append(
+            f"{mix['HMMA']} products on tensor cores in the recurrent loop: expected "
+            f"{case.product_instructions}, or a multiple"
+        )
     return wrong
 
 
@@ -291,6 +314,15 @@ def test_multiply_adds_are_told_from_moves() -> None:
         "FADD R0, R1, R2",
     )
     assert resources.multiply_adds(sass) == 7
+
+
+def test_a_warp_s_product_of_matrices_counts_with_a_thread_s_part() -> None:
+    for opcode, part in (
+        ("HMMA.16816.F32", 16 * 8 * 16 // 32),
+        ("HMMA.16816.F32.BF16", 16 * 8 * 16 // 32),
+        ("HMMA.1688.F32.TF32", 16 * 8 * 8 // 32),
+    ):
+        assert resources.multiply_adds(listing(f"{opcode} R4, R8, R12, RZ", FMA)) == part + 1
 
 
 def test_no_loop() -> None:

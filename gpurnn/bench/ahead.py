@@ -22,11 +22,12 @@ __all__ = ["compile_ahead", "compile_runs", "compile_soak", "specs_of"]
 
 MOST_PROCESSES = 12
 
-KINDS: dict[str, tuple[Kind, Kind]] = {
+KINDS: dict[str, tuple[Kind, ...]] = {
     "resident": ("resident_forward", "resident_backward"),
     "group": ("group_forward", "group_backward"),
     "step": ("step_forward", "step_backward"),
     "concatenated": ("step_concatenated", "step_backward"),
+    "gemm": ("tail_forward", "layer_backward", "tail_backward"),
 }
 
 
@@ -42,7 +43,7 @@ def specs_of(
     plan = planning.plan(
         **vars(shape), dtype=dtype, device=device, kernel=kernel, precision=precision
     )
-    sizes = plan.tile or planning.SIDE
+    sizes = None if plan.kernel == "gemm" else plan.tile or planning.SIDE
     return [
         KernelSpec(kind, sizes, activation, dtype, exchange=plan.exchange)
         for kind in KINDS[plan.kernel]

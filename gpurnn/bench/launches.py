@@ -1,12 +1,12 @@
 """The kernels of a pass on their own: launches recorded once, then queued again and again."""
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from gpurnn.cuda.engines import Engine
-from gpurnn.cuda.specs import ARGUMENTS, KernelSpec
+from gpurnn.cuda.specs import KernelSpec
 from gpurnn.planning import Limits
 
 __all__ = ["RecordingEngine"]
@@ -20,7 +20,8 @@ class RecordingEngine:
 
     inner: Engine
     launches: list[Callable[[], None]] = field(default_factory=list)
-    count: int = 0  # of kernels: a call to launch may queue several
+    count: int = 0  # of kernels, steps' products and graphs: a call to launch may queue several
+    within: bool = False  # a graph, which is remembered as a whole
 
     @property
     def xp(self) -> Any:
@@ -48,30 +49,21 @@ class RecordingEngine:
         cluster: int = 1,
         cooperative: bool = False,
     ) -> None:
-        """Queue a kernel, and remember it with its arrays.
-
-        The scratch of a group kernel must be 0 before each launch: what is remembered clears it.
-        """
+        """Queue a kernel, and remember it with its arrays."""
         each = list(integers)
-        scratch = [
-            a
-            for a, what in zip(arrays, ARGUMENTS[spec.kind], strict=False)
-            if spec.exchange is not None and what == "words"
-        ]
 
-        def run() -> None:
+        def again() -> None:
             self.inner.launch(
                 spec, grid, block, arrays, each, shared, cluster=cluster, cooperative=cooperative
             )
 
-        def again() -> None:
-            for words in scratch:
-                words.fill(0)
-            run()
+        self._remember(again, len(each))
 
-        run()
-        self.launches.append(again)
-        self.count += len(each)
+    def scratch(self, shape: tuple[int, ...]) -> Any:
+        """Return the inner engine's, and remember to zero it before what is launched next."""
+        words = self.inner.scratch(shape)
+        self.launches.append(lambda: words.fill(0))
+        return words
 
     @property
     def patience(self) -> int:
@@ -90,9 +82,49 @@ class RecordingEngine:
         """out = A B."""
         self.inner.product(A, B, out)
 
+    def step_product(
+        self, A: Any, B: Any, out: Any, workspace: Any, precision: str = "ieee"
+    ) -> None:
+        """out = A B of a step, which belongs to the recurrence and is remembered."""
+        self._remember(lambda: self.inner.step_product(A, B, out, workspace, precision))
+
+    def workspace(self) -> Any:
+        """Return the inner engine's."""
+        return self.inner.workspace()
+
+    def capturing(self) -> bool:
+        """Return whether the inner engine's stream is being captured."""
+        return self.inner.capturing()
+
+    @contextmanager
+    def replayed(
+        self,
+        spec: KernelSpec,
+        key: Hashable,
+        make: Callable[[], NamedTuple],
+        run: Callable[[Any, int], None],
+    ) -> Iterator[tuple[Any, Callable[[int], None]]]:
+        """Remember each replay of a graph, though not the copies into and out of its arrays."""
+
+        def quietly(arrays: Any, steps: int) -> None:
+            outer, self.within = self.within, True
+            try:
+                run(arrays, steps)
+            finally:
+                self.within = outer
+
+        with self.inner.replayed(spec, key, make, quietly) as (arrays, play):
+            yield arrays, lambda steps: self._remember(lambda: play(steps))
+
     def settle(self) -> None:
         """Wait for the current stream."""
         self.inner.settle()
+
+    def _remember(self, queue: Callable[[], None], count: int = 1) -> None:
+        queue()
+        if not self.within:
+            self.launches.append(queue)
+            self.count += count
 
     def replay(self) -> None:
         """Queue the remembered launches again, on the same arrays.

@@ -3,17 +3,17 @@
 The operations in ``gpurnn.cuda.operations`` are written once, against ``Engine``.
 """
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache, lru_cache
-from typing import Any, Protocol
+from functools import cache, lru_cache, partial
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from gpurnn import compiler, planning
-from gpurnn.cuda import launching, reports
+from gpurnn.cuda import cublas, graphs, launching, reports
 from gpurnn.cuda.machine_code import cubin
 from gpurnn.cuda.packages import needed
 from gpurnn.cuda.specs import MOST_KEPT, KernelSpec, build
@@ -67,6 +67,9 @@ class Engine(Hashable, Protocol):
         blocks run at once, or it fails.
         """
 
+    def scratch(self, shape: tuple[int, ...]) -> Array:
+        """Return an array of uint64, 0 in every place when the next launch begins."""
+
     @property
     def patience(self) -> int:
         """How often a thread polls for another block before it gives up."""
@@ -83,6 +86,35 @@ class Engine(Hashable, Protocol):
 
     def product(self, A: Array, B: Array, out: Array) -> None:
         """out = A B, summed in float32 at least."""
+
+    def step_product(
+        self, A: Array, B: Array, out: Array, workspace: Array | None, precision: str = "ieee"
+    ) -> None:
+        """out = A B of a step: out is of the type that is summed in, no size is 0.
+
+        A and B are C-contiguous or transposes of such. It may be captured. ``workspace`` is what
+        the method of that name returned, and nothing else's until the product is made.
+        """
+
+    def workspace(self) -> Array | None:
+        """Allocate what a ``step_product`` works in; None if it needs nothing of the kind."""
+
+    def capturing(self) -> bool:
+        """Whether the current stream is being captured: what is queued runs later, and again."""
+
+    def replayed(
+        self,
+        spec: KernelSpec,
+        key: Hashable,
+        make: Callable[[], NamedTuple],
+        run: Callable[[Any, int], None],
+    ) -> AbstractContextManager[tuple[Any, Callable[[int], None]]]:
+        """Give arrays that ``make`` made, and a function that does ``run(arrays, steps)`` on them.
+
+        Where it pays, both are kept for the next call with this ``spec`` and ``key``, and the work
+        is captured once for each number of steps. ``run`` queues products of steps and launches of
+        the kernel ``spec``, without dynamic shared memory, and allocates nothing.
+        """
 
     def settle(self) -> None:
         """Wait until everything queued on the current stream is done."""
@@ -137,6 +169,9 @@ class GPUEngine:
                 cooperative=cooperative,
             )
 
+    def scratch(self, shape: tuple[int, ...]) -> Array:
+        return cupy().zeros(shape, np.uint64)
+
     @property
     def patience(self) -> int:
         return GPU_PATIENCE
@@ -150,8 +185,36 @@ class GPUEngine:
     def product(self, A: Array, B: Array, out: Array) -> None:
         if A.shape[1] == 0:
             out.fill(0)
-        elif out.size:
+        elif not out.size:
+            pass
+        elif self.capturing():  # CuPy refuses
+            self.step_product(A, B, out, None)
+        else:
             cupy().matmul(A, B, out=out)
+
+    def step_product(
+        self, A: Array, B: Array, out: Array, workspace: Array | None, precision: str = "ieee"
+    ) -> None:
+        stream = cupy().cuda.get_current_stream().ptr
+        cublas.product(self.index, stream, A, B, out, workspace=workspace, precision=precision)
+
+    def workspace(self) -> Array | None:
+        if self.capturing():  # the graph, whoever keeps it, must have one of its own
+            return None
+        return cupy().empty(cublas.WORKSPACE, np.uint8)
+
+    def capturing(self) -> bool:
+        return bool(cupy().cuda.get_current_stream().is_capturing())
+
+    def replayed(
+        self,
+        spec: KernelSpec,
+        key: Hashable,
+        make: Callable[[], NamedTuple],
+        run: Callable[[Any, int], None],
+    ) -> AbstractContextManager[tuple[Any, Callable[[int], None]]]:
+        needs = _function(spec, self.index, 0, 1)
+        return graphs.replayed(cupy().cuda, (self.index, spec, key), make, run, needs)
 
     def settle(self) -> None:
         cupy().cuda.get_current_stream().synchronize()
@@ -237,6 +300,13 @@ class _PoisonedNumPy:
 _POISONED = _PoisonedNumPy()
 
 
+def rounded_to_tf32(A: Array) -> Array:
+    """Round float32 to 10 explicit bits of significand, to nearest, halfway away from zero."""
+    bits = np.ascontiguousarray(A, np.float32).view(np.uint32)
+    rounded = (bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)
+    return np.where(np.isfinite(A), rounded.view(np.float32), A)
+
+
 @dataclass(frozen=True)
 class EmulatedEngine:
     """The emulator, on NumPy arrays, planned for ``limits``; the rest goes to the emulator."""
@@ -279,6 +349,9 @@ class EmulatedEngine:
                 check_races=self.check_races,
             )
 
+    def scratch(self, shape: tuple[int, ...]) -> Array:
+        return np.zeros(shape, np.uint64)
+
     @property
     def patience(self) -> int:
         return EMULATED_PATIENCE
@@ -294,6 +367,32 @@ class EmulatedEngine:
             out[...] = A.astype(np.float32) @ B.astype(np.float32)
         else:
             np.matmul(A, B, out=out)
+
+    def step_product(
+        self, A: Array, B: Array, out: Array, workspace: Array | None, precision: str = "ieee"
+    ) -> None:
+        summed = out.dtype
+        A, B = A.astype(summed, copy=False), B.astype(summed, copy=False)
+        if precision == "tf32":
+            A, B = rounded_to_tf32(A), rounded_to_tf32(B)
+        np.matmul(A, B, out=out)
+
+    def workspace(self) -> Array | None:
+        return None
+
+    def capturing(self) -> bool:
+        return False
+
+    @contextmanager
+    def replayed(
+        self,
+        spec: KernelSpec,
+        key: Hashable,
+        make: Callable[[], NamedTuple],
+        run: Callable[[Any, int], None],
+    ) -> Iterator[tuple[Any, Callable[[int], None]]]:
+        arrays = make()
+        yield arrays, partial(run, arrays)
 
     def settle(self) -> None:
         pass

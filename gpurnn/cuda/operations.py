@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-import numpy as np
-
-from gpurnn import planning
+from gpurnn import planning, segments
 from gpurnn.activation import Activation, AnyActivation
+from gpurnn.cuda import gemm
 from gpurnn.cuda.engines import Array, Engine
 from gpurnn.cuda.specs import REAL, KernelSpec, Kind
 from gpurnn.planning import SIDE, Group, Plan, dtype_name, scratch_words
@@ -26,6 +25,7 @@ __all__ = [
     "linear",
     "linear_backward",
     "rnn_backward",
+    "rnn_backward_by_segments",
     "rnn_forward",
 ]
 
@@ -50,8 +50,7 @@ def rnn_forward(
     Returns the states with h_0 before them (T + 1, n, h), the pre-activations (T, n, h) where φ′ is
     a function of them, and the plan, which the backward pass follows as well.
     """
-    xp, dtype = engine.xp, W_hh.dtype
-    (T, n), (d, h) = X.shape[:2], W_xh.shape
+    (T, n), (d, h), dtype = X.shape[:2], W_xh.shape, W_hh.dtype
     plan = planning.plan(
         T=T,
         n=n,
@@ -62,6 +61,21 @@ def rnn_forward(
         kernel=kernel,
         precision=precision,
     )
+    return *_rnn_states(engine, plan, X, h_0, W_xh, W_hh, b_h, activation), plan
+
+
+def _rnn_states(
+    engine: Engine,
+    plan: Plan,
+    X: Array,
+    h_0: Array | None,
+    W_xh: Array,
+    W_hh: Array,
+    b_h: Array | None,
+    activation: AnyActivation,
+) -> tuple[Array, Array | None]:
+    xp, dtype = engine.xp, W_hh.dtype
+    (T, n), h = X.shape[:2], len(W_hh)
     with engine.here():
         states = xp.empty((T + 1, n, h), dtype)
         if h_0 is None:
@@ -79,7 +93,7 @@ def rnn_forward(
             else:
                 _input_product(engine, X, W_xh, target)
                 _recurrence(engine, plan, target, states, W_hh, b, activation)
-    return states, Z, plan
+    return states, Z
 
 
 def _recurrence(
@@ -100,6 +114,11 @@ def _recurrence(
     if plan.kernel == "group":
         spec = _spec("group_forward", plan.tile, activation, W_hh.dtype, exchange=plan.exchange)
         _launch_groups(engine, plan, spec, [Z.reshape(-1), states.reshape(-1), W_hh, b_h], (), T, n)
+        return
+    if plan.kernel == "gemm":
+        spec = _spec("tail_forward", None, activation, W_hh.dtype)
+        keeps_z = not activation.of_output
+        gemm.forward(engine, plan, spec, Z, states, W_hh, b_h, keeps_z=keeps_z)
         return
     spec = _spec("step_forward", SIDE, activation, W_hh.dtype)
     arrays = (Z, states, W_hh, b_h)
@@ -123,7 +142,7 @@ def _launch_groups(
     engine.check_reports()
     rows = plan.grid[0] // plan.tile.blocks * plan.tile.slice_rows
     starts = range(0, n, rows)
-    words = engine.xp.zeros((len(starts), scratch_words(plan)), np.uint64)
+    words = engine.scratch((len(starts), scratch_words(plan)))
     report = engine.report(plan.grid[0])
     for i, row_0 in enumerate(starts):
         engine.launch(
@@ -189,6 +208,10 @@ def rnn_backward(
             )
             flat = [dH.reshape(-1), A.reshape(-1), grads.reshape(-1), W_hh]
             _launch_groups(engine, plan, spec, flat, weights[1:], T, n)
+        elif plan.kernel == "gemm":
+            _times_slope(engine, dH[-1], A[-1], grads[T], activation)
+            spec = _spec("tail_backward", None, activation, dtype, scaled=scaled)
+            gemm.backward(engine, plan, spec, dH, A, grads, *weights)
         else:
             arrays = [dH, A, grads, *weights]
             spec = _spec("step_backward", SIDE, activation, dtype, scaled=scaled)
@@ -203,6 +226,37 @@ def rnn_backward(
         dW_xh = _product(engine, X.reshape(T * n, d).T, dZ)
         dX = _product(engine, dZ, W_xh.T).reshape(X.shape)
         return dX, grads[0], dW_xh, dW_hh, _sum_rows(engine, dZ)
+
+
+def rnn_backward_by_segments(
+    engine: Engine,
+    plan: Plan,
+    every: int,
+    dH: Array,
+    X: Array,
+    checkpoints: Array,
+    W_xh: Array,
+    W_hh: Array,
+    b_h: Array | None,
+    activation: AnyActivation,
+    xi: Array | None,
+) -> segments.Gradients:
+    """Return what ``rnn_backward`` does, from the ``segments.checkpoints`` of the states.
+
+    Each segment follows the plan of the whole sequence, forward and backward.
+    """
+
+    def forward_pass(X: Array, h_0: Array) -> tuple[Array, Array | None]:
+        return _rnn_states(engine, plan, X, h_0, W_xh, W_hh, b_h, activation)
+
+    def backward_pass(
+        dH: Array, X: Array, states: Array, Z: Array | None, xi: Array | None
+    ) -> segments.Gradients:
+        return rnn_backward(engine, plan, dH, X, states, Z, W_xh, W_hh, activation, xi)
+
+    with engine.here():
+        dX = None if X.ndim == 2 else engine.xp.empty(X.shape, dH.dtype)
+        return segments.backward(dH, X, checkpoints, every, xi, forward_pass, backward_pass, dX)
 
 
 def hidden_layer(
@@ -240,14 +294,18 @@ def hidden_layer_backward(
     with engine.here():
         dZ = engine.xp.empty_like(H)
         if H.size:
-            A = H if Z is None else Z
-            engine.launch(
-                _spec("layer_backward", None, activation, H.dtype),
-                (-(-H.size // POINTWISE_THREADS), 1, 1),
-                (POINTWISE_THREADS, 1, 1),
-                (dH.reshape(-1), A.reshape(-1), dZ.reshape(-1)),
-            )
+            _times_slope(engine, dH, H if Z is None else Z, dZ, activation)
         return linear_backward(engine, dZ, X, W_xh)
+
+
+def _times_slope(engine: Engine, dH: Array, A: Array, dZ: Array, activation: AnyActivation) -> None:
+    """dZ = dH φ′, of arrays of any one shape."""
+    engine.launch(
+        _spec("layer_backward", None, activation, dZ.dtype),
+        (-(-dZ.size // POINTWISE_THREADS), 1, 1),
+        (POINTWISE_THREADS, 1, 1),
+        (dH.reshape(-1), A.reshape(-1), dZ.reshape(-1)),
+    )
 
 
 def linear(engine: Engine, H: Array, W_hq: Array, b_q: Array | None) -> Array:

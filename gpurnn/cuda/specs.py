@@ -20,8 +20,9 @@ MOST_KEPT = 1024
 REAL = {"float32": "float32", "float64": "float64", "float16": "float32", "bfloat16": "float32"}
 STORED = {"float32": "float32", "float64": "float64", "float16": "uint16", "bfloat16": "uint16"}
 
-# Axes of each array argument in its order; "i" stands for an integer, "words" and "report" for the
-# flat arrays of integers that a group kernel wants beside, and a probe alone.
+# Axes of each array argument in its order, "r" before them where it is of the type computed with;
+# "i" stands for an integer, "words" and "report" for the flat arrays of integers that a group
+# kernel wants beside, and a probe alone.
 BESIDE = {"words": "uint64", "report": "uint32"}
 ARGUMENTS: dict[str, tuple[int | str, ...]] = {
     "resident_forward": (1, 1, 2, 1, "i", "i"),
@@ -33,6 +34,8 @@ ARGUMENTS: dict[str, tuple[int | str, ...]] = {
     "step_backward": (3, 3, 3, 2, "i"),
     "layer_forward": (2, 2, 2, 2, 1),
     "layer_backward": (1, 1, 1),
+    "tail_forward": ("r2", 3, 3, 1, "i"),
+    "tail_backward": ("r2", 3, 3, 3, "i"),
     "probe_launch": (),
     "probe_l2": ("report", "report", "i"),
     "probe_remote": ("report", "i"),
@@ -53,6 +56,8 @@ Kind = Literal[
     "step_backward",
     "layer_forward",
     "layer_backward",
+    "tail_forward",
+    "tail_backward",
     "probe_launch",
     "probe_l2",
     "probe_remote",
@@ -68,9 +73,9 @@ class KernelSpec:
     """A kernel, and what it is compiled for.
 
     ``kind`` is a key of ``ARGUMENTS``. ``sizes`` is the tile of a resident kernel, the share of a
-    group kernel, the side of a tiled one, None for ``layer_backward`` and probes. ``scaled``
-    backward kernels take ξ as well. ``exchange`` is that of a group kernel. A probe is one kernel
-    whatever its activation and dtype.
+    group kernel, the side of a tiled one, None for ``layer_backward``, the tails and probes.
+    ``scaled`` backward kernels take ξ as well. ``exchange`` is that of a group kernel. A probe is
+    one kernel whatever its activation and dtype.
     """
 
     kind: Kind
@@ -95,15 +100,18 @@ class KernelSpec:
 
 def signature(spec: KernelSpec) -> tuple[ArraySpec | None, ...]:
     """Return the types of the kernel's arguments."""
-    stored = STORED[spec.dtype]
     arguments: list[ArraySpec | None] = []
     for axes in ARGUMENTS[spec.kind]:
         if axes == "i":
             arguments.append(None)
         elif isinstance(axes, str):
-            arguments.append(ArraySpec(BESIDE[axes], 1))
+            beside = BESIDE.get(axes)
+            if beside is not None:
+                arguments.append(ArraySpec(beside, 1))
+            else:
+                arguments.append(ArraySpec(REAL[spec.dtype], int(axes[1:])))
         else:
-            arguments.append(ArraySpec(stored, axes))
+            arguments.append(ArraySpec(STORED[spec.dtype], axes))
     if spec.scaled:  # after the other arrays, before the integers
         arguments.insert(arguments.index(None), ArraySpec(REAL[spec.dtype], 1))
     return tuple(arguments)
@@ -114,7 +122,7 @@ def build(spec: KernelSpec) -> Callable[..., None]:
     """Return the kernel's Python function."""
     from numba.cuda import types
 
-    from gpurnn.kernels import activations, group, layer, probes, resident, step
+    from gpurnn.kernels import activations, group, layer, probes, resident, step, tail
     from gpurnn.kernels.storage import STORAGES
 
     storage = STORAGES[spec.dtype]
@@ -145,6 +153,10 @@ def build(spec: KernelSpec) -> Callable[..., None]:
             made = layer.forward(sizes, pair, storage)
         case "layer_backward":
             made = layer.backward(pair, storage)
+        case "tail_forward":
+            made = tail.forward(pair, storage)
+        case "tail_backward":
+            made = tail.backward(pair, storage, scaled=spec.scaled)
         case _:
             made = getattr(probes, spec.kind)
     return made

@@ -34,7 +34,7 @@ Array = NDArray[Any]
 FACTOR = 8
 ROUNDED = 4
 NAMES = ("H", "dX", "dh_0", "dW_xh", "dW_hh", "db_h")
-KERNELS = ("resident", "step", "concatenated")
+KERNELS = ("resident", "step", "concatenated", "gemm")
 # T, n, d, h: odd, and on a GPU past a warp
 EMULATED_SIZES = (4, 3, 5, 9)
 WIDE_SIZES = (2, 5, 7, 33)

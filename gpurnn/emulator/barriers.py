@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from gpurnn.emulator.clocks import Release, learn
+from gpurnn.emulator.clocks import Joined, Release, learn
 from gpurnn.emulator.errors import BarrierError
 from gpurnn.emulator.threads import WARP, Site, Thread
 
@@ -81,10 +81,13 @@ class Meeting:
 
 
 class Phase:
-    """One time that a barrier is passed: what those who arrived for it knew, once all have."""
+    """One time that a barrier is passed: what those who arrived for it knew, once all have.
+
+    All of it is one array of clocks, which those who knew no more than that share afterwards.
+    """
 
     def __init__(self) -> None:
-        self.releases: list[Release] = []
+        self.joined: Joined | None = None
 
 
 class PhaseBarrier:
@@ -121,7 +124,8 @@ class PhaseBarrier:
         self._check_gone()
         if self._came() < self.count:
             return
-        self.phase.releases = list(self.arrived.values())
+        if machine.check_races:
+            self.phase.joined = Joined(list(self.arrived.values()))
         self.phase = Phase()
         self.arrived = {}
         machine.barriers[self.operation] += 1
@@ -145,8 +149,8 @@ class PhaseBarrier:
             machine.wait(self.operation)
         else:
             machine.pause()
-        if machine.check_races:
-            t.learn_from(phase.releases)
+        if phase.joined is not None:
+            t.learn_from(phase.joined)
 
     def _came(self) -> int:
         """Return how many threads have arrived, for which a short warp that is whole has 32."""

@@ -17,7 +17,18 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from gpurnn.emulator.threads import Thread
 
-__all__ = ["EMPTY", "MASK", "NEVER", "SHIFT", "STAY", "STRONG", "Readers", "Release", "learn"]
+__all__ = [
+    "EMPTY",
+    "MASK",
+    "NEVER",
+    "SHIFT",
+    "STAY",
+    "STRONG",
+    "Joined",
+    "Readers",
+    "Release",
+    "learn",
+]
 
 SHIFT = 20
 MASK = (1 << SHIFT) - 1
@@ -112,6 +123,20 @@ class Release:
         self.clock = clock
         # The only block that a fence of block scope counts in; None: any.
         self.block = block
+
+
+class Joined:
+    """What many releases say together."""
+
+    __slots__ = ("known", "parts", "view")
+
+    def __init__(self, releases: list[Release]):
+        # By id, and kept, so that no other array takes one's place.
+        self.parts = {id(r.known): r.known for r in releases}
+        self.known = np.maximum.reduce(list(self.parts.values()))
+        for r in releases:
+            self.known[r.tid] = max(self.known[r.tid], r.clock)
+        self.view: memoryview[int] = self.known.data
 
 
 def learn(threads: Iterable[Thread]) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from gpurnn.emulator.clocks import EMPTY, MASK, SHIFT, STAY, Readers, Release
+from gpurnn.emulator.clocks import EMPTY, MASK, SHIFT, STAY, Joined, Readers, Release
 
 if TYPE_CHECKING:
     from types import CodeType
@@ -190,9 +190,13 @@ class Thread:
             self.released = release
         self.tick()
 
-    def learn_from(self, releases: list[Release]) -> None:
-        """Know what the releases say, in a new epoch."""
-        self._join(releases)
+    def learn_from(self, joined: Joined) -> None:
+        """Know what the releases joined say, in a new epoch."""
+        if id(self.known_array) in joined.parts:  # nothing that is not among it
+            self.known_array, self.known = joined.known, joined.view
+        else:
+            self.known_array = np.maximum(self.known_array, joined.known)
+            self.known = self.known_array.data
         self.tick()
 
     def _join(self, releases: list[Release]) -> None:

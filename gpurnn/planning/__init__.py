@@ -12,6 +12,7 @@ from gpurnn.planning.group import EXCHANGES, Group, scratch_words
 from gpurnn.planning.limits import DEVICES, Limits, limits
 from gpurnn.planning.plans import (
     DTYPES,
+    MOST_ROWS,
     PRECISIONS,
     SIDE,
     STATIC_SHARED,
@@ -32,6 +33,7 @@ __all__ = [
     "EXCHANGES",
     "KERNELS",
     "LATENCY",
+    "MOST_ROWS",
     "PRECISIONS",
     "SIDE",
     "STATIC_SHARED",

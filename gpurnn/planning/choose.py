@@ -4,19 +4,18 @@ from dataclasses import replace
 from functools import lru_cache
 
 from gpurnn import tuned
+from gpurnn.planning.gemm import gemm_plan
 from gpurnn.planning.group import Group, group_plans, why_no_group
 from gpurnn.planning.limits import Limits
-from gpurnn.planning.plans import DTYPES, PRECISIONS, SIDE, Plan, tiled_grid
+from gpurnn.planning.plans import DTYPES, MOST_ROWS, PRECISIONS, SIDE, Plan, tiled_grid
 from gpurnn.planning.resident import largest_resident, resident_plans
 
 __all__ = ["KERNELS", "plan"]
 
-KERNELS = ("step", "resident", "group", "concatenated")
+KERNELS = ("step", "resident", "group", "concatenated", "gemm")
 """Kernels that ``kernel=`` may name."""
 
 IEEE_ONLY = ("step", "resident", "concatenated")
-TENSOR_CORES = (8, 0)  # compute capability from which on there is mma for bfloat16 and TF32
-MOST_ROWS = 2**31  # indices of steps and rows are 32-bit, and so are cuBLAS's sizes
 
 WORTH_A_GROUP = 0.8
 """A group must promise so much of the resident kernel's time, or less: its model is the rougher."""
@@ -43,8 +42,8 @@ def plan(
         device: what the GPU can hold.
         kernel: the name of one of ``KERNELS``, or a ``Group`` with some of its sizes, to have that
             one; None chooses.
-        precision: "ieee", or "tf32": the recurrence multiplies float32 rounded to 10 bits, on
-            tensor cores.
+        precision: "ieee"; "tf32" allows the recurrence to multiply float32 rounded to 10 bits, on
+            tensor cores, and a kernel that is named to do nothing else.
 
     Raises:
         TypeError: a size is no integer.
@@ -65,14 +64,16 @@ def plan(
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}: expected one of {', '.join(PRECISIONS)}")
     major, minor = device.compute_capability
-    if dtype == "bfloat16" and (major, minor) < TENSOR_CORES:
+    if dtype == "bfloat16" and not device.tensor_cores:
         raise ValueError(
             f"dtype is 'bfloat16' and {device.name} has compute capability {major}.{minor}: "
             "expected 8.0 or higher, or another dtype"
         )
     if precision == "tf32" and dtype != "float32":
-        raise ValueError(f"precision is 'tf32' and dtype {dtype}: expected dtype float32, or 'ieee'")
-    if precision == "tf32" and (major, minor) < TENSOR_CORES:
+        raise ValueError(
+            f"precision is 'tf32' and dtype {dtype}: expected dtype float32, or 'ieee'"
+        )
+    if precision == "tf32" and not device.tensor_cores:
         raise ValueError(
             f"precision is 'tf32' and {device.name} has compute capability {major}.{minor}: "
             "expected 8.0 or higher, or 'ieee'"
@@ -84,7 +85,7 @@ def plan(
     if precision == "tf32" and kernel in IEEE_ONLY:
         raise ValueError(
             f"precision is 'tf32' and kernel {kernel!r}, which multiplies as IEEE float32 does: "
-            "expected kernel 'group', or 'ieee'"
+            "expected kernel 'group' or 'gemm', or 'ieee'"
         )
     return _plan(T, n, h, dtype, device, kernel, precision)
 
@@ -101,10 +102,13 @@ def _plan(
 ) -> Plan:
     if kernel in ("step", "concatenated"):
         return _step_plan(T, n, h, device, str(kernel), "asked for by name")
+    if kernel == "gemm":
+        return gemm_plan(T, n, h, dtype, precision, device, "asked for by name")[1]
     if kernel == "resident":
         return _resident(n, h, dtype, device)
     if kernel == "group" or isinstance(kernel, Group):
-        return _group(n, h, dtype, precision, device, Group() if kernel == "group" else kernel)
+        wish = kernel if isinstance(kernel, Group) else Group()
+        return _group(n, h, dtype, precision, device, wish)
     measured = tuned.choice(device.name, dtype=dtype, precision=precision, n=n, h=h)
     if measured is not None:
         try:
@@ -116,14 +120,15 @@ def _plan(
             ) from e
         return replace(best, why=("the fastest measured on this GPU, by its table", *best.why))
     found = list(group_plans(n, h, dtype, precision, device, Group()))
-    if precision == "ieee":
-        found += [
-            (cost * WORTH_A_GROUP, plan) for cost, plan in resident_plans(n, h, dtype, device)
-        ]
+    for cost, resident in resident_plans(n, h, dtype, device):
+        if precision == "tf32":
+            resident = replace(resident, why=("IEEE, as it takes no longer", *resident.why))
+        found.append((cost * WORTH_A_GROUP, resident))
+    why = f"W_hh ({h}, {h}) of {dtype} is more than blocks of {device.name} hold at once"
     if found:
-        return min(found, key=lambda candidate: candidate[0])[1]
-    why = f"W_hh ({h}, {h}) of {dtype} is more than the blocks of {device.name} can hold"
-    return _step_plan(T, n, h, device, "step", why)
+        why = f"W_hh ({h}, {h}) times {n} rows is more than blocks that hold it take less time for"
+    found.append(gemm_plan(T, n, h, dtype, precision, device, why))
+    return min(found, key=lambda candidate: candidate[0])[1]
 
 
 def _named(choice: tuned.Choice) -> str | Group:
@@ -138,7 +143,7 @@ def _resident(n: int, h: int, dtype: str, device: Limits) -> Plan:
         raise ValueError(
             f"kernel is 'resident', h is {h}, dtype {dtype}: one block of {device.name} holds "
             f"W_hh up to h = {largest_resident(dtype, device)}; expected a smaller h, or "
-            "kernel 'group' or 'step'"
+            "kernel 'group' or 'gemm'"
         )
     return min(candidates, key=lambda candidate: candidate[0])[1]
 

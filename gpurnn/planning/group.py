@@ -20,6 +20,7 @@ EXCHANGES = ("cluster", "flags", "counter")
 
 BLOCKS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128)
 """Sizes of a group that are looked at where none is asked for."""
+WAVES = (1, 2, 3, 4, 8)
 CLUSTERS = (2, 4, 8, 16)
 PART_OF_CHIP = 16  # multiprocessors within which a cluster lies
 MOST_BLOCK_THREADS = 512
@@ -78,7 +79,7 @@ def group_plans(
     n: int, h: int, dtype: str, precision: str, device: Limits, wish: Group
 ) -> tuple[tuple[float, Plan], ...]:
     """Return nanoseconds a step and plan of every way that fits and that ``wish`` leaves open."""
-    if dtype == "float64":
+    if dtype == "float64" or (dtype != "float32" and not device.tensor_cores):
         return ()
     found = []
     for exchange in EXCHANGES if wish.exchange is None else (wish.exchange,):
@@ -86,10 +87,12 @@ def group_plans(
             at_once = _groups_at_once(blocks, exchange, device)
             if at_once == 0:
                 continue
-            rows = min(max(1, n), wish.rows or -(-max(1, n) // at_once))
-            for share in _shares(h, blocks, rows, dtype, precision):
-                if share.shared_bytes <= device.shared_per_block:
-                    found.append(_plan(n, share, exchange, at_once, device))
+            for rows in _rows(n, at_once) if wish.rows is None else (wish.rows,):
+                found += [
+                    _plan(n, share, exchange, at_once, device)
+                    for share in _shares(h, blocks, rows, dtype, precision, exchange)
+                    if share.shared_bytes <= device.shared_per_block
+                ]
     return tuple(found)
 
 
@@ -97,6 +100,12 @@ def why_no_group(h: int, dtype: str, device: Limits, wish: Group) -> str:
     """Return why ``group_plans`` found nothing, and what was expected."""
     if dtype == "float64":
         return "dtype is float64: expected float32, float16 or bfloat16"
+    if dtype != "float32" and not device.tensor_cores:
+        major, minor = device.compute_capability
+        return (
+            f"dtype is {dtype} and {device.name} has compute capability {major}.{minor}: expected "
+            "8.0 or higher, or float32"
+        )
     if wish.exchange == "cluster" and not device.largest_cluster:
         major, minor = device.compute_capability
         return (
@@ -118,8 +127,8 @@ def why_no_group(h: int, dtype: str, device: Limits, wish: Group) -> str:
     at = "" if wish.blocks is None else f" over {wish.blocks} blocks"
     rows = "" if wish.rows is None else f" and the states of {wish.rows} rows"
     return (
-        f"W_hh ({h}, {h}){at}{rows} is more than the multiprocessors of {device.name} hold: expected "
-        "a smaller h, more blocks, fewer rows, or kernel 'gemm'"
+        f"W_hh ({h}, {h}){at}{rows} is more than the multiprocessors of {device.name} hold: "
+        "expected a smaller h, more blocks, fewer rows, or kernel 'gemm'"
     )
 
 
@@ -134,7 +143,8 @@ def scratch_words(plan: Plan) -> int:
 
 def _all_sizes(exchange: str, device: Limits) -> tuple[int, ...]:
     if exchange == "cluster":
-        return tuple(size for size in CLUSTERS if size <= device.largest_cluster)
+        most = min(device.largest_cluster, device.multiprocessors)
+        return tuple(size for size in CLUSTERS if size <= most)
     return tuple(range(2, device.multiprocessors + 1))
 
 
@@ -156,15 +166,20 @@ def _groups_at_once(blocks: int, exchange: str, device: Limits) -> int:
     return device.multiprocessors // blocks
 
 
+def _rows(n: int, at_once: int) -> tuple[int, ...]:
+    """Return how many rows of the batch a group might own: all of them are done in a few waves."""
+    return tuple({-(-max(1, n) // (at_once * waves)): None for waves in WAVES})
+
+
 def _shares(
-    h: int, blocks: int, rows: int, dtype: str, precision: str
+    h: int, blocks: int, rows: int, dtype: str, precision: str, exchange: str
 ) -> Iterator[Share | TensorShare]:
     """Yield the ways in which a block can share out its columns for so many rows of the batch."""
     columns = -(-h // blocks)
     if dtype == "float32" and precision == "ieee":
         yield from _plain_shares(h, blocks, columns, rows)
     else:
-        yield from _tensor_shares(h, blocks, columns, rows, dtype)
+        yield from _tensor_shares(h, blocks, columns, rows, dtype, exchange)
 
 
 def _plain_shares(h: int, blocks: int, columns: int, rows: int) -> Iterator[Share]:
@@ -172,7 +187,7 @@ def _plain_shares(h: int, blocks: int, columns: int, rows: int) -> Iterator[Shar
         groups = -(-columns // (2 * C)) * 2
         for R in (1, 2, 4, 8):
             passes = -(-rows // R)
-            if R * C > MOST_SUMS or (R > 1 and R >= 2 * rows) or passes > MOST_PASSES:
+            if R * C > MOST_SUMS or (R > 1 and 2 * rows <= R) or passes > MOST_PASSES:
                 continue
             share = Share(h, blocks, groups, C, R, passes, 0)
             if share.threads > MOST_BLOCK_THREADS:
@@ -196,7 +211,7 @@ def registers_of(threads: int) -> int:
 
 
 def _tensor_shares(
-    h: int, blocks: int, columns: int, rows: int, dtype: str
+    h: int, blocks: int, columns: int, rows: int, dtype: str, exchange: str
 ) -> Iterator[TensorShare]:
     kind = "tf32" if dtype == "float32" else dtype
     slices = 8 if kind == "tf32" and h > 1024 else 4
@@ -205,11 +220,21 @@ def _tensor_shares(
         return
     for tiles in (1, 2, 4):
         passes = -(-rows // (8 * tiles))
-        if 4 * tiles < slices or (tiles > 1 and 4 * tiles >= rows) or passes > MOST_PASSES:
+        if (tiles > 1 and 4 * tiles >= rows) or passes > MOST_PASSES:
             continue
         share = TensorShare(h, blocks, tiles, passes, slices, warps, kind)
-        if share.registers + 80 + 8 * tiles <= registers_of(share.threads):
+        if share.registers + _other_registers(share, exchange) <= registers_of(share.threads):
             yield share
+
+
+def _other_registers(share: TensorShare, exchange: str) -> int:
+    """Registers that a thread needs beside those for weights, so that nothing is spilled.
+
+    Found by compiling, see ``tests/resources.json``. A store into another block's shared memory
+    takes an address of two registers, and all of a value's are under way together.
+    """
+    sums = 8 * share.tiles
+    return sums + (32 + 2 * share.blocks if exchange == "cluster" else 72)
 
 
 def _plan(
@@ -222,7 +247,8 @@ def _plan(
     if not clusters:
         groups = -(-groups // launches)
     product = _product_cycles(share)
-    cycles = product + _exchange_cycles(share, exchange, min(groups, at_once), device)
+    rows = min(share.slice_rows, max(1, n))
+    cycles = product + _exchange_cycles(share, rows, exchange, min(groups, at_once), device)
     step = cycles / device.clock_ghz
     blocks = groups * share.blocks
     words = "registers" if _all_in_registers(share) else "registers and shared memory"
@@ -242,8 +268,8 @@ def _plan(
         f"{counted(share.slice_rows, 'row')} of the batch each, {share.rows} at a time; "
         f"{counted(waves, 'wave')}",
         f"exchange: {how}",
-        f"about {step / 1e3:.2f} µs a step by the model: {product / device.clock_ghz / 1e3:.2f} for "
-        f"the product, the rest for the exchange",
+        f"about {step / 1e3:.2f} µs a step by the model: "
+        f"{product / device.clock_ghz / 1e3:.2f} for the product, the rest for the exchange",
     )
     plan = Plan(
         "group",
@@ -255,8 +281,14 @@ def _plan(
         why,
         exchange=exchange,
         cluster=share.blocks if clusters else 1,
+        precision=precision_of(share),
     )
     return waves * step, plan
+
+
+def precision_of(share: Share | TensorShare) -> str:
+    """Return the precision that a share multiplies float32 in."""
+    return "tf32" if isinstance(share, TensorShare) and share.kind == "tf32" else "ieee"
 
 
 def _all_in_registers(share: Share | TensorShare) -> bool:
@@ -279,11 +311,11 @@ def _product_cycles(share: Share | TensorShare) -> float:
 
 
 def _exchange_cycles(
-    share: Share | TensorShare, exchange: str, groups: int, device: Limits
+    share: Share | TensorShare, rows: int, exchange: str, groups: int, device: Limits
 ) -> float:
     latencies = tuned.latencies(device.name, device.clock_ghz)
     clock = device.clock_ghz
-    values = share.slice_rows * share.h
+    values = rows * share.h
     if exchange == "cluster":
         barrier = dict(latencies.cluster)[share.blocks]
         return (latencies.remote_shared + barrier) * clock + values * 4 / REMOTE_BYTES_A_CYCLE

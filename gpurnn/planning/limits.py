@@ -20,6 +20,11 @@ class Limits:
     half_rate_float64: bool = True
 
     @property
+    def tensor_cores(self) -> bool:
+        """Whether there are the tensor core instructions that kernels use, of 8.0 and later."""
+        return self.compute_capability >= (8, 0)
+
+    @property
     def largest_cluster(self) -> int:
         """Blocks of the largest thread block cluster, 0 where there are none.
 

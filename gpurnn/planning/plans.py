@@ -11,12 +11,14 @@ from gpurnn.tile import Share, TensorShare, Tile
 
 __all__ = [
     "DTYPES",
+    "MOST_ROWS",
     "PRECISIONS",
     "SIDE",
     "STATIC_SHARED",
     "Plan",
     "counted",
     "dtype_name",
+    "itemsize",
     "tiled_grid",
 ]
 
@@ -28,6 +30,12 @@ PRECISIONS = ("ieee", "tf32")
 SIDE = 16  # of the step kernel's square blocks
 STATIC_SHARED = 48 * 1024  # bytes a kernel may declare
 MOST_GRID_Y = 65_535
+MOST_ROWS = 2**31  # indices of steps and rows are 32-bit, and so are cuBLAS's sizes
+
+
+def itemsize(dtype: str) -> int:
+    """Return the bytes of a number of one of ``DTYPES``."""
+    return {"float32": 4, "float64": 8}.get(dtype, 2)
 
 
 @cache
@@ -41,9 +49,11 @@ class Plan:
     """How one call runs; ``str(plan)`` explains it.
 
     ``grid`` counts blocks, ``block`` threads (x, y, z); ``shared`` is dynamic shared memory, bytes.
-    ``launches`` are those of the forward pass. ``tile`` has the sizes of a resident or group kernel,
-    None for others. Of a group kernel, ``exchange`` says how its blocks tell one another their
-    states, and ``cluster`` how many of them are a cluster.
+    ``launches`` are those of the forward pass. ``tile`` has the sizes of a resident or group
+    kernel, None for others. Of a group kernel, ``exchange`` says how its blocks tell one another
+    their states, and ``cluster`` how many of them are a cluster. ``chunk`` is the steps of a gemm
+    graph, at most; with 0 nothing is captured. Of gemm ``grid`` and ``block`` are those of what
+    follows the product. ``precision`` is how products with W_hh treat float32.
     """
 
     kernel: str
@@ -55,6 +65,8 @@ class Plan:
     why: tuple[str, ...]
     exchange: str | None = None
     cluster: int = 1
+    chunk: int = 0
+    precision: str = "ieee"
 
     @property
     def cooperative(self) -> bool:
@@ -64,8 +76,9 @@ class Plan:
     def __str__(self) -> str:
         threads = math.prod(self.block)
         blocks = math.prod(self.grid)
+        graph = "graph " if self.chunk else ""
         first = (
-            f"{self.kernel}: {counted(self.launches, 'launch', 'launches')} of "
+            f"{self.kernel}: {counted(self.launches, f'{graph}launch', f'{graph}launches')} of "
             f"{counted(blocks, 'block')} × {counted(threads, 'thread')}, "
             f"{self.shared:,} bytes of dynamic shared memory"
         )
@@ -85,4 +98,5 @@ def tiled_grid(rows: int, columns: int) -> tuple[int, int, int]:
 
 
 def counted(number: int, one: str, many: str | None = None) -> str:
+    """Return a number and what it counts, one of them or many."""
     return f"{number:,} {one if number == 1 else many or one + 's'}"
