@@ -22,6 +22,7 @@ __all__ = [
     "REMOTE_LENGTH",
     "REMOTE_STRIDE",
     "probe_cluster",
+    "probe_cluster_stores",
     "probe_counter",
     "probe_flag",
     "probe_l2",
@@ -100,6 +101,22 @@ def probe_cluster(found, steps):
         passed += ONE
     if cuda.threadIdx.x == 0:
         found[cuda.blockIdx.x] = passed
+
+
+def probe_cluster_stores(found, steps):
+    """As ``probe_cluster``, each thread storing a number to global memory before it arrives.
+
+    So does a group kernel, its part of H_t. On sm_90 the barrier's release is a fence of the whole
+    GPU, which may have to wait for such stores: the difference tells.
+
+    Arrays:
+        found (threads of the grid, uint32): written by each thread, how often.
+    """
+    me = uint32(cuda.blockIdx.x) * uint32(cuda.blockDim.x) + uint32(cuda.threadIdx.x)
+    for passed in range(uint32(steps)):
+        found[me] = uint32(passed) + ONE
+        cluster_arrive()
+        cluster_wait()
 
 
 def probe_flag(words, report, steps, patience):

@@ -438,6 +438,7 @@ def run_cases() -> int:
 
 
 NEEDED = ("numpy", "cupy", "numba.cuda", "cuda.bindings.nvvm", "cuda.bindings.nvjitlink")
+NEEDED += ("cuda.bindings.driver",)
 NEEDED += ("cuda.core", "pytest", "hypothesis", "gpurnn", "gpurnn.kernels", "gpurnn.cuda.engines")
 NEEDED += ("gpurnn.doctor.__main__", "gpurnn.bench.__main__")
 USED = ("torch", "jax", "ml_dtypes", "greenlet", "matplotlib")  # if they are there

@@ -446,6 +446,24 @@ def test_estimate_by_hand_is_of_one_device_and_dtype() -> None:
     assert floors.estimate(1, 100, "float16", H100) is None
 
 
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "precision", "assumed"),
+    [
+        ("gemm", "float16", "ieee", "tensor cores"),
+        ("gemm", "float32", "tf32", "tensor cores"),
+        ("gemm", "float32", "ieee", "no tensor cores"),
+        ("resident", "float16", "ieee", "no tensor cores"),
+    ],
+)
+def test_floor_is_that_of_the_arithmetic(
+    engine: Engine, kernel: str, dtype: str, precision: str, assumed: str
+) -> None:
+    run = Run("", Shape(3, 2, 4, 5), dtype, kernel, peers=False, precision=precision)
+    (record,) = measured(engine, run)
+    assert record["floor"]["assumes"] == assumed
+    assert record["precision"] == precision
+
+
 def test_concatenated_kernel_is_held_to_no_floor_of_the_recurrence(engine: Engine) -> None:
     shape = Shape(3, 2, 4, 5)
     runs = [Run("forms", shape, kernel=k, peers=False) for k in ("step", "concatenated")]

@@ -98,6 +98,7 @@ def test_what_is_launched(engine: Counting) -> None:
         ("probe_flag", 2, 1, 1, True),
         *(("probe_counter", blocks, 33, 1, True) for blocks in (2, 4)),
         *(("probe_cluster", size, 33, size, False) for size in (2, 4, 8, 16)),
+        *(("probe_cluster_stores", size, 33, size, False) for size in (2, 4, 8, 16)),
         ("probe_remote", 2, 32, 2, False),
     }
 
@@ -111,7 +112,8 @@ def test_without_clusters() -> None:
     assert found.figures["cluster_8"] == {"left_out": "NVIDIA Small has no clusters of 8"}
     estimate = tuned.latencies(CARD.name, CARD.clock_ghz)
     assert found.latencies.remote_shared == estimate.remote_shared
-    assert not [kind for kind, *_ in engine.launches if kind in ("probe_cluster", "probe_remote")]
+    kinds = {kind for kind, *_ in engine.launches}
+    assert kinds == {"probe_launch", "probe_l2", "probe_flag", "probe_counter"}
 
 
 def test_clusters_that_the_gpu_refuses(engine: Counting) -> None:

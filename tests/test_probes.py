@@ -14,7 +14,7 @@ from gpurnn.resources import ToolMissing
 from gpurnn.tile import LINE
 
 KINDS = tuple(kind for kind in ARGUMENTS if kind.startswith("probe_"))
-CLUSTERED = ("probe_remote", "probe_cluster")
+CLUSTERED = ("probe_remote", "probe_cluster", "probe_cluster_stores")
 SEEDS = (None, 1, 2)
 
 each_seed = pytest.mark.parametrize("seed", SEEDS)
@@ -56,6 +56,14 @@ def test_cluster_barriers(size: int, seed: int | None) -> None:
     report = launch(probes.probe_cluster, size, 2, found, 7, cluster=size, seed=seed)
     assert (found == 7).all()
     assert report.barriers["cluster barrier"] == 7
+
+
+@each_seed
+def test_cluster_barriers_behind_stores(seed: int | None) -> None:
+    found = none(4 * 3)
+    report = launch(probes.probe_cluster_stores, 4, 3, found, 7, cluster=2, seed=seed)
+    assert (found == 7).all()
+    assert report.barriers["cluster barrier"] == 2 * 7, "of two clusters"
 
 
 @each_seed
@@ -120,6 +128,7 @@ def test_machine_code(kind: str, target: tuple[int, int]) -> None:
         "probe_l2": "LDG.E.STRONG.GPU",
         "probe_remote": "LD.E",
         "probe_cluster": "UCGABAR",
+        "probe_cluster_stores": "UCGABAR",
         "probe_flag": "LDG.E.64.STRONG.GPU",
         "probe_counter": "LDG.E.64.STRONG.GPU",
     }

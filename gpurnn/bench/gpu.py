@@ -129,7 +129,8 @@ def _measure(run: Run, engine: Engine, clock: Clock, due: _Due, seconds: float) 
     }
     record["times_us"] = times
     half = run.precision == "ieee" and run.dtype in ("float16", "bfloat16")
-    tensor = record["kernel"] == "group" and (half or run.precision == "tf32")
+    on_tensor_cores = record["kernel"] in ("group", "gemm")  # the others know none
+    tensor = on_tensor_cores and (half or run.precision == "tf32")
     bound = floor(shape.n, shape.h, run.dtype, engine.limits, tensor=tensor)
     by_hand = None if tensor else estimate(shape.n, shape.h, run.dtype, engine.limits)
     record["floor"] = {

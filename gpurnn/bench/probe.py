@@ -34,7 +34,8 @@ class Probed:
     """What has been found: latencies as the table has them, and the figures behind them.
 
     A figure, by name, is {"ns": median, "quartiles": [from, to]}, or why there is none: {"failed":
-    …}, {"left_out": …}. Where there is none, the latency is an estimate.
+    …}, {"left_out": …}. Where there is none, the latency is an estimate. cluster_stores_… is a
+    barrier behind a store of each thread to global memory; no latency is made of it.
     """
 
     name: str
@@ -81,17 +82,19 @@ def measure_probes(
         for blocks in (*sizes, limits.multiprocessors):
             figures[f"counter_{blocks}"] = timing.counter(blocks)
         for size in CLUSTERS:
+            names = f"cluster_{size}", f"cluster_stores_{size}"
             if size > limits.largest_cluster:
                 left_out = f"{limits.name} has no clusters of {size}"
-                figures[f"cluster_{size}"] = {"left_out": left_out}
+                figures |= {name: {"left_out": left_out} for name in names}
                 continue
             try:
-                figures[f"cluster_{size}"] = timing.cluster(size)
+                for name, stores in zip(names, (False, True), strict=True):
+                    figures[name] = timing.cluster(size, stores=stores)
             except RuntimeError as e:
                 if size <= PORTABLE:
                     raise
                 # larger ones a GPU may refuse: some have parts with too few multiprocessors
-                figures[f"cluster_{size}"] = {"failed": str(e)}
+                figures |= {name: {"failed": str(e)} for name in names}
                 note(f"no clusters of {size}: {e}")
         if limits.largest_cluster:
             figures["remote_shared"] = timing.remote()
@@ -180,17 +183,16 @@ class _Timing:
         _check("probe_remote", found, self.few * REMOTE_STRIDE % REMOTE_LENGTH)
         return self._per_step(run)
 
-    def cluster(self, size: int) -> dict[str, Any]:
-        found = self.engine.xp.zeros(size, np.uint32)
+    def cluster(self, size: int, *, stores: bool) -> dict[str, Any]:
+        kind: Kind = "probe_cluster_stores" if stores else "probe_cluster"
+        found = self.engine.xp.zeros(size * (self.threads if stores else 1), np.uint32)
 
         def run(steps: int) -> None:
             grid, block = (size, 1, 1), (self.threads, 1, 1)
-            self.engine.launch(
-                _spec("probe_cluster"), grid, block, (found,), [(steps,)], cluster=size
-            )
+            self.engine.launch(_spec(kind), grid, block, (found,), [(steps,)], cluster=size)
 
         run(self.few)
-        _check("probe_cluster", found, self.few)
+        _check(kind, found, self.few)
         return self._per_step(run)
 
     def flag(self) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class Sizes:
     blocks: tuple[int, ...]
 
 
-LARGE = Sizes(256, 128, 256, 2048, 1 << 22, (2, 3, 4, 5, 8, 12, 16, 24, 32, 48, 64))
+LARGE = Sizes(256, 128, 64, 2048, 1 << 20, (2, 3, 4, 5, 8, 12, 16, 24, 32, 48, 64))
 SMALL = Sizes(4, 3, 4, 9, 1 << 22, (2, 3, 4))
 
 SMALL_CARD = planning.Limits("a small card", (9, 0), 4, 232_448, 233_472, 1.755)

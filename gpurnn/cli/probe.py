@@ -18,6 +18,7 @@ MEANINGS = {
     "flag": "a flagged word from block to block",
     "counter": "a barrier of {} blocks by a counter",
     "cluster": "a barrier of a cluster of {}",
+    "cluster_stores": "the same, each thread having stored to global memory",
 }
 
 

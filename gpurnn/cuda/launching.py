@@ -5,7 +5,9 @@ has it.
 """
 
 import ctypes
+import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from gpurnn.cuda.packages import needed
@@ -50,6 +52,31 @@ def launch(
             "along x"
         )
     driver = _driver()
+    config = _config(grid, block, shared, stream, cluster, cooperative)
+    parameters = (tuple(arguments), (ctypes.c_int64,) * len(arguments))
+    (result,) = driver.cuLaunchKernelEx(config, driver.CUfunction(function_pointer), parameters, 0)
+    if result != driver.CUresult.CUDA_SUCCESS:
+        how = [f"clusters of {cluster}"] if cluster > 1 else []
+        how += ["all at once"] if cooperative else []
+        _check(
+            driver,
+            result,
+            f"a launch of {math.prod(grid)} blocks{_listed(how)} of {math.prod(block)} threads, "
+            f"{shared:,} bytes of dynamic shared memory",
+        )
+
+
+@lru_cache(maxsize=1024)
+def _config(
+    grid: tuple[int, int, int],
+    block: tuple[int, int, int],
+    shared: int,
+    stream: int,
+    cluster: int,
+    cooperative: bool,
+) -> Any:
+    """Return a ``CUlaunchConfig``, kept: to make one takes longer than to launch."""
+    driver = _driver()
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = grid
     config.blockDimX, config.blockDimY, config.blockDimZ = block
@@ -70,16 +97,7 @@ def launch(
         attributes.append(at_once)
     config.attrs = attributes
     config.numAttrs = len(attributes)
-    parameters = (tuple(arguments), (ctypes.c_int64,) * len(arguments))
-    (result,) = driver.cuLaunchKernelEx(config, driver.CUfunction(function_pointer), parameters, 0)
-    how = [f"clusters of {cluster}"] if cluster > 1 else []
-    how += ["all at once"] if cooperative else []
-    _check(
-        driver,
-        result,
-        f"a launch of {grid[0] * grid[1] * grid[2]} blocks{_listed(how)} of "
-        f"{block[0] * block[1] * block[2]} threads, {shared:,} bytes of dynamic shared memory",
-    )
+    return config
 
 
 def allow_clusters(function_pointer: int, size: int) -> None:

@@ -40,6 +40,7 @@ ARGUMENTS: dict[str, tuple[int | str, ...]] = {
     "probe_l2": ("report", "report", "i"),
     "probe_remote": ("report", "i"),
     "probe_cluster": ("report", "i"),
+    "probe_cluster_stores": ("report", "i"),
     "probe_flag": ("words", "report", "i", "i"),
     "probe_counter": ("words", "report", "i", "i"),
 }
@@ -61,6 +62,7 @@ Kind = Literal[
     "probe_l2",
     "probe_remote",
     "probe_cluster",
+    "probe_cluster_stores",
     "probe_flag",
     "probe_counter",
 ]
