@@ -17,7 +17,7 @@ from numba import cuda, uint32, uint64
 
 from gpurnn.kernels import split, tensor
 from gpurnn.kernels.activations import Pair
-from gpurnn.kernels.device import device, factor_at
+from gpurnn.kernels.device import DeviceFunction, device, factor_at
 from gpurnn.kernels.exchange import exchange
 from gpurnn.kernels.part import Part
 from gpurnn.kernels.ptx import prefetch_l2
@@ -34,6 +34,30 @@ FEW_ROWS = 2
 def _part(share: Share | TensorShare, storage: Storage, *, transposed: bool) -> Part:
     make = split.part if isinstance(share, Share) else tensor.part
     return make(share, storage, transposed=transposed)
+
+
+def _stores_late(share: Share | TensorShare, name: str) -> bool:
+    """Whether a step's values go to global memory when they are sent, and not before.
+
+    What a cluster's barrier releases waits for all stores before it, so those come after. Others
+    read the values from there only where the exchange is "counter".
+    """
+    return share.passes == 1 and name != "counter"
+
+
+def _keep(share: Share | TensorShare, part: Part, storage: Storage) -> DeviceFunction:
+    """Build a function that stores what a thread has made of a step, from ``at`` on in a flat A."""
+    own, h, store_value = part.own, uint32(share.h), storage.store
+    row_of, column_of = part.row, part.column
+
+    @device
+    def keep(A, at, rows, column, mine, made):
+        for q in range(own):
+            row, j = row_of(q), column + column_of(q)
+            if mine and row < rows and j < h:
+                A[at + uint64(row * h + j)] = store_value(made[q])
+
+    return keep
 
 
 def forward(
@@ -68,6 +92,7 @@ def forward(
     row_of, column_of, owner = part.row, part.column, part.owner
     real, load_value, store_value, phi = storage.real, storage.load, storage.store, pair.phi
     keeps_z, looks_ahead = not pair.of_output, share.slice_rows <= FEW_ROWS
+    stores_late = _stores_late(share, name)
     h, blocks, threads = uint32(share.h), uint32(share.blocks), uint32(share.threads)
     width, R, slice_rows = uint32(share.width), uint32(share.rows), uint32(share.slice_rows)
     several, passes = share.passes > 1, uint32(share.passes)
@@ -87,12 +112,15 @@ def forward(
             if mine and row < rows and j < h:
                 z[q] = load_value(Z[at + uint64(row * h + j)])
 
+    keep = _keep(share, part, storage)
+
     def group_forward(Z, states, W_hh, b_h, words, report, T, n, row_0, patience):
         v = cuda.shared.array(0, element, alignment=16)
         w = cuda.local.array(weights, weight)
         acc = cuda.local.array(sums, real)
         z = cuda.local.array(own, real)
         b = cuda.local.array(own, real)
+        made = cuda.local.array(own, real)
 
         T, patience = uint32(T), uint32(patience)
         thread = uint32(cuda.threadIdx.x)
@@ -128,19 +156,24 @@ def forward(
                     if mine and row < rows and j < h:
                         here = at + uint64(row * h + j)
                         a = result(acc, q) + (z[q] + b[q])
-                        if looks_ahead and t + ahead < T:
-                            prefetch_l2(Z, here + uint64(ahead) * step)
                         if keeps_z:
                             Z[here] = store_value(a)
                         H = store_value(phi(a))
-                        states[here + step] = H
                         send(words, v, group, then, row, j, load_value(H), t + one)
+                        if stores_late:
+                            made[q] = load_value(H)
+                        else:
+                            states[here + step] = H
+                        if looks_ahead and t + ahead < T:
+                            prefetch_l2(Z, here + uint64(ahead) * step)
                 if several and i + one < passes:
                     fetch(Z, at, rows, r + R, column, mine, z)
             post(words, group)
             at += step
             if t + one < T:
                 fetch(Z, at, rows, first, column, mine, z)
+            if stores_late:
+                keep(states, at, rows, column, mine, made)
             failed = wait(words, v, states, at, group, then, rows, t + one, patience)
             now = then
             t += one
@@ -190,7 +223,7 @@ def backward(
     multiply, finish, result = part.multiply, part.finish, part.result
     row_of, column_of, owner = part.row, part.column, part.owner
     real, load_value, store_value, dphi = storage.real, storage.load, storage.store, pair.dphi
-    looks_ahead = share.slice_rows <= FEW_ROWS
+    looks_ahead, stores_late = share.slice_rows <= FEW_ROWS, _stores_late(share, name)
     h, blocks, threads = uint32(share.h), uint32(share.blocks), uint32(share.threads)
     width, R, slice_rows = uint32(share.width), uint32(share.rows), uint32(share.slice_rows)
     several, passes = share.passes > 1, uint32(share.passes)
@@ -212,6 +245,8 @@ def backward(
                 here = at + uint64(row * h + j)
                 dh[q], a[q] = load_value(dH[here]), load_value(A[here])
 
+    keep = _keep(share, part, storage)
+
     @device
     def body(dH, A, grads, W_hh, words, report, xi, T, n, row_0, patience):
         v = cuda.shared.array(0, element, alignment=16)
@@ -219,6 +254,7 @@ def backward(
         acc = cuda.local.array(sums, real)
         dh = cuda.local.array(own, real)
         a = cuda.local.array(own, real)
+        made = cuda.local.array(own, real)
 
         thread = uint32(cuda.threadIdx.x)
         rank, group = uint32(cuda.blockIdx.x) % blocks, uint32(cuda.blockIdx.x) // blocks
@@ -253,17 +289,23 @@ def backward(
                                 prefetch_l2(dH, here - uint64(ahead + one) * step)
                                 prefetch_l2(A, here - uint64(ahead + one) * step)
                         dZ = store_value(gradient)
-                        grads[here] = dZ
                         if i > first:
                             send(words, v, group, then, row, j, load_value(dZ), T - i + one)
+                        if stores_late:
+                            made[q] = load_value(dZ)
+                        else:
+                            grads[here] = dZ
                 if several and k + one < passes and i > first:
                     fetch(dH, A, at - step, rows, r + R, column, mine, dh, a)
+            if i > first:
+                post(words, group)
+                scale = factor(xi, i - one)
+                if i > one:
+                    fetch(dH, A, at - step - step, rows, first, column, mine, dh, a)
+            if stores_late:
+                keep(grads, at, rows, column, mine, made)
             if i == first:
                 break
-            post(words, group)
-            scale = factor(xi, i - one)
-            if i > one:
-                fetch(dH, A, at - step - step, rows, first, column, mine, dh, a)
             failed = wait(words, v, grads, at, group, then, rows, T - i + one, patience)
             now = then
             i -= one
