@@ -13,7 +13,7 @@ Rows of the batch are filled up to 8 by zeros in shared memory; their sums are d
 
 from typing import Any
 
-from numba import cuda, float32, uint16, uint32
+from numba import cuda, float32, int32, uint16, uint32
 
 from gpurnn.kernels.device import DeviceFunction, device, in_order
 from gpurnn.kernels.mma import load_words4, mma_bf16, mma_f16, mma_tf32, to_tf32
@@ -24,6 +24,7 @@ from gpurnn.tile import WARP, TensorShare
 
 __all__ = ["part"]
 
+LOADED = 4  # chunks of W at once
 SUMS = 4  # of a lane, from one mma
 CHAINS = 2
 """Sums that are added up side by side: an mma need not wait for the one before."""
@@ -133,6 +134,11 @@ def _word(share: TensorShare, *, transposed: bool) -> DeviceFunction:
 
 
 def _load(share: TensorShare, *, transposed: bool) -> DeviceFunction:
+    """Build ``load`` of ``Part``; the block's threads come here together.
+
+    Barriers that gather nothing, but of which the compiler cannot know that, hold it back: else it
+    computes all addresses and issues all loads at once, and has no registers left.
+    """
     word = _word(share, transposed=transposed)
     depth, slices, width = uint32(share.depth), uint32(share.slices), uint32(16)
     lanes, four, eight = uint32(WARP), uint32(4), uint32(8)
@@ -150,7 +156,17 @@ def _load(share: TensorShare, *, transposed: bool) -> DeviceFunction:
 
         return run
 
-    pieces = in_order([chunk(i) for i in range(share.depth // share.chunk)])
+    def some(first):
+        chunks = in_order([chunk(i) for i in range(first, min(first + LOADED, number_of_chunks))])
+
+        @device
+        def run(W, w, k, j, _):
+            chunks(W, w, k + uint32(cuda.syncthreads_or(none)), j, 0)
+
+        return run
+
+    number_of_chunks, none = share.depth // share.chunk, int32(0)
+    pieces = in_order([some(i) for i in range(0, number_of_chunks, LOADED)])
 
     @device
     def load(W, w, v, first):

@@ -263,6 +263,22 @@ def test_each_limit_is_looked_at(tools: str) -> None:
         assert expected in "\n".join(altered(case, **numbers)), numbers
 
 
+def test_each_limit_of_a_group_kernel_is_looked_at(tools: str) -> None:
+    case = named("group_forward float16 h=512 blocks=8 rows=8 cluster tanh sm_90")
+    ok = measured(case)
+    assert altered(case) == []
+    for numbers, expected in (
+        ({"shared": 16}, "16 bytes of static shared memory: expected all of it dynamic"),
+        ({"multiply_adds": 511}, "511 multiply-adds in the recurrent loop: expected the product's"),
+        ({"sass": ok.sass.replace("LDS.128", "LDS")}, "no LDS.128 in the recurrent loop"),
+        (
+            {"sass": ok.sass.replace("HMMA", "NOP", 1)},
+            "7 products on tensor cores in the recurrent loop: expected 8, or a multiple",
+        ),
+    ):
+        assert expected in "\n".join(altered(case, **numbers)), numbers
+
+
 # Reading a listing
 
 
