@@ -26,10 +26,10 @@ def in_order(parts: Sequence[DeviceFunction]) -> DeviceFunction:
     array it indexes moves to memory. A long computation over registers is therefore written as
     several short ones, each with its own constants, and put together here.
     """
-    first, rest = parts[0], parts[1:]
-    if not rest:
-        return first
-    then = in_order(rest)
+    if len(parts) == 1:
+        return parts[0]
+    half = len(parts) // 2  # calls nest no deeper than they must: each compiles within another
+    first, then = in_order(parts[:half]), in_order(parts[half:])
 
     @device
     def run(a, b, c, d, e):

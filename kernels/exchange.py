@@ -15,14 +15,15 @@ counter    The blocks count themselves in, in global memory; when all have come,
 =========  =======================================================================================
 
 With ``flags`` and ``counter`` all blocks of the grid must run at once: the launch is cooperative.
-A thread that has polled ``patience`` times in vain gives up: its block reports, and no one waits
-for ever.
+A thread that has polled ``patience`` times in vain gives up: its block reports, and with these two
+no one waits for ever. (A cluster is scheduled as a whole: none of its blocks can be missing.)
 
 Scratch for those two, ``words``, uint64, all 0 before the launch:
 
 * flags: (groups, 2, rows of a group, h rounded up to even). Word (g, s, r, k) is number k of row r
   of group g, of a step whose number is s modulo 2. Two are enough: a block writes step t + 2 only
-  after its threads have read all of step t + 1, which every block wrote after reading all of t.
+  after its threads have read all of step t + 1, which every block wrote after reading all of t. (A
+  block that has no columns below h writes nothing, so nobody would wait for it: it reads nothing.)
 * counter: ``LINE`` words for each group, of which the first counts.
 """
 
@@ -36,6 +37,7 @@ from gpurnn.kernels.ptx import (
     cluster_arrive,
     cluster_store,
     cluster_wait,
+    fence_gpu,
     load_acquire,
     load_relaxed_pair,
     store_relaxed,
@@ -125,8 +127,9 @@ def _cluster(share: Share | TensorShare, part: Part) -> Exchange:
 def _flags(share: Share | TensorShare, part: Part) -> Exchange:
     """Write value and step as one word; poll for it.
 
-    A relaxed 64-bit access is never torn, so who sees the tag sees the value: nothing else needs
-    ordering. One barrier of the block, which also gathers whether a thread gave up, puts its writes
+    A relaxed 64-bit access is never torn, so who sees the tag sees the value. That a slot is not
+    overwritten before it was read rests on a thread's store following, through the block's barrier,
+    the loads it depends on: no hardware stores ahead of a branch. One barrier of the block, which also gathers whether a thread gave up, puts its writes
     to shared memory before the reads of the next step.
     """
     h, pairs = uint32(share.h), uint32((share.h + 1) // 2)
@@ -203,7 +206,7 @@ def _counter(share: Share | TensorShare, part: Part, storage: Storage) -> Exchan
     def post(words, group):
         cuda.syncthreads()
         if cuda.threadIdx.x == 0:
-            cuda.threadfence()
+            fence_gpu()
             cuda.atomic.add(words, group * line, counts)
 
     @device

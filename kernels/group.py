@@ -8,7 +8,8 @@ the group exchanges them once (``gpurnn.kernels.exchange``). Groups need nothing
 cores. Both kernels are launched with blocks of ``share.threads`` threads and ``share.shared_bytes``
 of dynamic shared memory, in a grid of ``share.blocks`` for each group: block i is number
 i mod blocks of group i // blocks. With the exchange "cluster" a group is a cluster; with the others
-the launch is cooperative.
+the launch is cooperative. A block whose columns all lie beyond h only meets the others: it reads no
+states, as nobody waits until it has.
 """
 
 from collections.abc import Callable
@@ -75,7 +76,8 @@ def forward(
         W_hh (h, h), b_h (h,): read.
         words (uint64): scratch of the exchange, 0 before.
         report (blocks of the grid, uint32): 0 before. Where a block waited in vain in step t, its
-            element becomes t + 1, and the rest of its columns of H becomes NaN.
+            element becomes t + 1, and the rest of its columns of H becomes NaN, and of Z where that
+            is written.
 
     T ≥ 1, and row_0 < n. Z may be the part of states that is written, where ``pair.of_output``:
     each element of Z_t is read by the thread that later writes the same element of H_t. Otherwise
@@ -126,8 +128,10 @@ def forward(
         thread = uint32(cuda.threadIdx.x)
         rank, group = uint32(cuda.blockIdx.x) % blocks, uint32(cuda.blockIdx.x) // blocks
         row = uint32(row_0) + group * slice_rows
-        rows = min(slice_rows, uint32(n) - row) if row < uint32(n) else first
         column, mine = rank * width, owner()
+        rows = first
+        if row < uint32(n) and column < h:
+            rows = min(slice_rows, uint32(n) - row)
         step = uint64(n) * uint64(h)
         at = uint64(row) * uint64(h)  # of the group's first number in step t
 
@@ -146,7 +150,7 @@ def forward(
 
         now, t, failed = first, first, first
         while t < T and failed == first:
-            then = one - now
+            then, more = one - now, t + one < T
             for i in range(passes):
                 r = i * R
                 multiply(w, v, now, r, acc)
@@ -159,7 +163,8 @@ def forward(
                         if keeps_z:
                             Z[here] = store_value(a)
                         H = store_value(phi(a))
-                        send(words, v, group, then, row, j, load_value(H), t + one)
+                        if more:
+                            send(words, v, group, then, row, j, load_value(H), t + one)
                         if stores_late:
                             made[q] = load_value(H)
                         else:
@@ -168,13 +173,15 @@ def forward(
                             prefetch_l2(Z, here + uint64(ahead) * step)
                 if several and i + one < passes:
                     fetch(Z, at, rows, r + R, column, mine, z)
-            post(words, group)
+            if more:
+                post(words, group)
             at += step
-            if t + one < T:
+            if more:
                 fetch(Z, at, rows, first, column, mine, z)
             if stores_late:
                 keep(states, at, rows, column, mine, made)
-            failed = wait(words, v, states, at, group, then, rows, t + one, patience)
+            if more:
+                failed = wait(words, v, states, at, group, then, rows, t + one, patience)
             now = then
             t += one
 
@@ -185,7 +192,10 @@ def forward(
                 for e in range(thread, rows * width, threads):
                     j = column + e % width
                     if j < h:
-                        states[at + step + uint64(e // width * h + j)] = store_value(nan)
+                        place_in_step = at + uint64(e // width * h + j)
+                        if keeps_z:
+                            Z[place_in_step] = store_value(nan)
+                        states[place_in_step + step] = store_value(nan)
                 at += step
 
     return group_forward
@@ -259,8 +269,10 @@ def backward(
         thread = uint32(cuda.threadIdx.x)
         rank, group = uint32(cuda.blockIdx.x) % blocks, uint32(cuda.blockIdx.x) // blocks
         row = row_0 + group * slice_rows
-        rows = min(slice_rows, n - row) if row < n else first
         column, mine = rank * width, owner()
+        rows = first
+        if row < n and column < h:
+            rows = min(slice_rows, n - row)
         step = uint64(n) * uint64(h)
         at = uint64(row) * uint64(h) + uint64(T) * step  # of the group's first number in grads[i]
 

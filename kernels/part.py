@@ -18,6 +18,7 @@ class Part(NamedTuple):
 
     ``load(W, w, v, first)``: read the thread's piece of W (h, h), of the block's columns, which
     begin at ``first``; what lies beyond h becomes 0. A thread reads back only what it wrote itself.
+    Every thread of the block comes here together.
 
     ``place(buffer, r, k)``: index into v of number k of row r of the group.
     ``encode(x)``: a real as an element, rounded once. ``bits(e)``, ``unbits(u)``: an element as a

@@ -30,6 +30,7 @@ __all__ = [
     "cluster_store",
     "cluster_wait",
     "exp2_approx",
+    "fence_gpu",
     "float_bits",
     "float_to_bf16",
     "float_to_half",
@@ -299,6 +300,20 @@ def store_release(typing: Any, array: Any, index: Any, value: Any) -> Any:
     ``st.release.gpu``. PTX ISA, "Memory Consistency Model".
     """
     return _strong_store(array, index, value, "release")
+
+
+def _emulated_fence_gpu(cuda: Any) -> None:
+    cuda.threadfence()
+
+
+@_instruction(_emulated_fence_gpu)
+def fence_gpu(typing: Any) -> Any:
+    """Put what this thread wrote, or saw written, before its next strong write, for all blocks.
+
+    ``fence.acq_rel.gpu``, which is lighter than the ``fence.sc`` of ``cuda.threadfence``.
+    PTX ISA, "Parallel Synchronization and Communication Instructions: membar/fence".
+    """
+    return _typed(types.void, (), (), "fence.acq_rel.gpu;", "", barrier=True)
 
 
 # ---------------------------------------------------------------------------------------

@@ -15,6 +15,10 @@ from gpurnn.tile import VECTOR, Share
 __all__ = ["part"]
 
 ALL_LANES = 0xFFFFFFFF
+SUMS_OF_PIECE = 16
+"""Sums that a stretch of code which the compiler must unroll adds to."""
+HALVED_AT_ONCE = 8
+"""Sums that such a stretch exchanges."""
 
 
 def part(share: Share, storage: Storage, *, transposed: bool) -> Part:
@@ -26,7 +30,7 @@ def part(share: Share, storage: Storage, *, transposed: bool) -> Part:
     return Part(
         element=float32,
         weight=float32,
-        weights=(max(VECTOR, share.kept), share.columns),
+        weights=(share.kept + (VECTOR if share.kept < share.depth else 0), share.columns),
         sums=(share.rows, share.columns),
         own=share.own,
         clear=_clear(share),
@@ -97,6 +101,10 @@ def _place(share: Share) -> DeviceFunction:
 
 
 def _multiply(share: Share) -> DeviceFunction:
+    """Multiply in pieces of four k and a few rows, each short enough to be unrolled.
+
+    What lies in shared memory of W is read four k at a time, into rows of w behind those it keeps.
+    """
     R, C, kept, threads = share.rows, share.columns, share.kept, uint32(share.threads)
     row_stride = share.slices * share.stride
     lanes, stride, vector = uint32(share.slices), uint32(share.stride), uint32(VECTOR)
@@ -106,38 +114,40 @@ def _multiply(share: Share) -> DeviceFunction:
         uint32(row_stride),
     )
     zero = float32(0)
+    rows_of_piece = max(1, SUMS_OF_PIECE // C)
 
-    def from_registers(first):
+    def piece(k, at_w, begin):
+        """Rows from ``begin`` on, of v from k on, times rows of w from ``at_w`` on."""
+        end = min(R, begin + rows_of_piece)
+
         @device
         def run(w, v, at, _, acc):
-            for r in range(R):
-                x = load_floats4(v, at + uint32(r * row_stride + first))
+            for r in range(begin, end):
+                x = load_floats4(v, at + uint32(r * row_stride + k))
                 for i in range(VECTOR):
                     for c in range(C):
-                        acc[r, c] += x[i] * w[first + i, c]
+                        acc[r, c] += x[i] * w[at_w + i, c]
 
         return run
 
-    def from_shared(first):
-        quad = (first - kept) // VECTOR * C
+    def fetch(k):
+        quad = (k - kept) // VECTOR * C
 
         @device
-        def run(w, v, at, thread, acc):
-            x = cuda.local.array((R, VECTOR), float32)
-            for r in range(R):
-                four = load_floats4(v, at + uint32(r * row_stride + first))
-                for i in range(VECTOR):
-                    x[r, i] = four[i]
+        def run(w, v, _, thread, acc):
             for c in range(C):
-                weight = load_floats4(v, (uint32(quad + c) * threads + thread) * vector)
+                four = load_floats4(v, (uint32(quad + c) * threads + thread) * vector)
                 for i in range(VECTOR):
-                    for r in range(R):
-                        acc[r, c] += x[r, i] * weight[i]
+                    w[kept + i, c] = four[i]
 
         return run
 
-    registers = [from_registers(k) for k in range(0, kept, VECTOR)]
-    pieces = in_order(registers + [from_shared(k) for k in range(kept, share.depth, VECTOR)])
+    pieces = []
+    for k in range(0, share.depth, VECTOR):
+        if k >= kept:
+            pieces.append(fetch(k))
+        pieces += [piece(k, min(k, kept), begin) for begin in range(0, R, rows_of_piece)]
+    product = in_order(pieces)
 
     @device
     def multiply(w, v, buffer, r, acc):
@@ -146,7 +156,7 @@ def _multiply(share: Share) -> DeviceFunction:
             for c in range(C):
                 acc[i, c] = zero
         at = start + (buffer * rows + r) * whole_row + thread % lanes * stride
-        pieces(w, v, at, thread, acc)
+        product(w, v, at, thread, acc)
 
     return multiply
 
@@ -158,13 +168,13 @@ def _finish(share: Share) -> DeviceFunction:
     """
     C, lanes = share.columns, uint32(share.slices)
 
-    def halve(count, distance):
-        bit = uint32(distance)
+    def halve(count, distance, begin):
+        bit, end = uint32(distance), min(count, begin + HALVED_AT_ONCE)
 
         @device
         def run(acc, s, _1, _2, _3):
             upper = (s & bit) != uint32(0)
-            for i in range(count):
+            for i in range(begin, end):
                 low = acc[i // C, i % C]
                 high = acc[(i + count) // C, (i + count) % C]
                 keep = high if upper else low
@@ -183,7 +193,11 @@ def _finish(share: Share) -> DeviceFunction:
     steps = []
     count, distance = share.rows * C, share.slices // 2
     while distance:
-        steps.append(together(distance) if count == 1 else halve(count // 2, distance))
+        if count == 1:
+            steps.append(together(distance))
+        else:
+            half = count // 2
+            steps += [halve(half, distance, i) for i in range(0, half, HALVED_AT_ONCE)]
         count, distance = max(1, count // 2), distance // 2
     summed = in_order(steps)
 
