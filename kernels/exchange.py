@@ -129,8 +129,9 @@ def _flags(share: Share | TensorShare, part: Part) -> Exchange:
 
     A relaxed 64-bit access is never torn, so who sees the tag sees the value. That a slot is not
     overwritten before it was read rests on a thread's store following, through the block's barrier,
-    the loads it depends on: no hardware stores ahead of a branch. One barrier of the block, which also gathers whether a thread gave up, puts its writes
-    to shared memory before the reads of the next step.
+    the loads it depends on: no hardware stores ahead of a branch. One barrier of the block, which
+    also gathers whether a thread gave up, puts its writes to shared memory before the reads of the
+    next step.
     """
     h, pairs = uint32(share.h), uint32((share.h + 1) // 2)
     threads, odd = uint32(share.threads), share.h % 2 == 1

@@ -247,7 +247,7 @@ def test_a_block_that_never_comes_is_reported(exchange: str) -> None:
 def test_an_exchange_that_does_not_wait_is_found(
     exchange: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The race check sees what a missing wait does: a proof that it looks at these kernels."""
+    """In a cluster the race check sees it, with the others what is computed: nothing arrives."""
     from numba import cuda, uint32
 
     from gpurnn.kernels import group

@@ -275,12 +275,12 @@ H100 = planning.DEVICES["H100"]
         (
             {"kernel": "resident"},
             "precision is 'tf32' and kernel 'resident', which multiplies as IEEE float32 does: "
-            "expected kernel 'group', or 'ieee'",
+            "expected kernel 'group' or 'gemm', or 'ieee'",
         ),
         (
             {"kernel": "step"},
             "precision is 'tf32' and kernel 'step', which multiplies as IEEE float32 does: "
-            "expected kernel 'group', or 'ieee'",
+            "expected kernel 'group' or 'gemm', or 'ieee'",
         ),
     ],
 )

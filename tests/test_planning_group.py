@@ -68,6 +68,8 @@ def test_whatever_is_planned_fits(n: int, h: int, kind: str, device: Limits) -> 
         assert cost > 0
         assert found.precision == precision
         assert_fits(found, n, h, device)
+        assert isinstance(found.tile, Share | TensorShare)
+        assert (found.tile.blocks - 1) * found.tile.width < h, "a block without columns"
 
 
 @pytest.mark.parametrize(
@@ -123,6 +125,21 @@ def test_rows_beyond_one_launch() -> None:
     assert (found.grid[0], found.launches) == (108, 63)
     many = plan(T=9, n=1000, d=1, h=512, device=H100, kernel=Group(8, "cluster", rows=8))
     assert (many.grid[0], many.launches) == (1000, 1)  # clusters follow one another
+    most = plan(T=9, n=80_000, d=1, h=64, device=H100, kernel=Group(2, "cluster", rows=1))
+    assert (most.grid[0], most.launches) == (53_334, 3)
+
+
+@pytest.mark.parametrize(("h", "n"), [(64, 200_000), (1024, 2048), (2048, 128)])
+def test_a_group_by_name_takes_any_number_of_rows(h: int, n: int) -> None:
+    assert_fits(plan(T=9, n=n, d=1, h=h, device=H100, kernel="group"), n, h, H100)
+
+
+def test_clusters_of_16_are_taken_unasked_on_a_whole_chip_only() -> None:
+    part = replace(H100, name="a part of one", multiprocessors=78)
+    for h in (300, 512, 1024):
+        for n in (1, 8, 64):
+            assert plan(T=9, n=n, d=1, h=h, device=part).cluster <= 8
+    assert plan(T=9, n=1, d=1, h=512, device=part, kernel=Group(16, "cluster")).cluster == 16
 
 
 def test_scratch() -> None:
@@ -147,8 +164,8 @@ def test_scratch() -> None:
         (
             {},
             Group(32, "cluster"),
-            "kernel is Group(blocks=32, exchange='cluster'): blocks is 32 and NVIDIA H100 runs 16 "
-            "blocks of a group at once: expected a power of two up to 16",
+            "kernel is Group(blocks=32, exchange='cluster'): blocks is 32 and clusters of NVIDIA "
+            "H100 have 2, 4, 8, 16 blocks: expected one of these",
         ),
         (
             {"device": A100},
@@ -173,12 +190,12 @@ def test_scratch() -> None:
         (
             {"dtype": "float64"},
             "group",
-            "kernel is Group(): dtype is float64: expected float32, float16 or bfloat16",
+            "kernel is 'group': dtype is float64: expected float32, float16 or bfloat16",
         ),
         (
             {"dtype": "float16", "device": OLD},
             "group",
-            "kernel is Group(): dtype is float16 and a T4 has compute capability 7.5: expected 8.0 "
+            "kernel is 'group': dtype is float16 and a T4 has compute capability 7.5: expected 8.0 "
             "or higher, or float32",
         ),
         (

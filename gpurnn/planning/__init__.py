@@ -8,7 +8,7 @@ been measured on a GPU (``gpurnn.tuned``) goes before the model.
 """
 
 from gpurnn.planning.choose import KERNELS, plan
-from gpurnn.planning.group import EXCHANGES, Group, scratch_words
+from gpurnn.planning.group import EXCHANGES, MOST_BLOCKS, Group, scratch_words
 from gpurnn.planning.limits import DEVICES, Limits, limits
 from gpurnn.planning.plans import (
     DTYPES,
@@ -33,6 +33,7 @@ __all__ = [
     "EXCHANGES",
     "KERNELS",
     "LATENCY",
+    "MOST_BLOCKS",
     "MOST_ROWS",
     "PRECISIONS",
     "SIDE",

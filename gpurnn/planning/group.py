@@ -20,8 +20,12 @@ EXCHANGES = ("cluster", "flags", "counter")
 
 BLOCKS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128)
 """Sizes of a group that are looked at where none is asked for."""
+MOST_BLOCKS = 1 << 16  # of a grid, which report apart from each other
 WAVES = (1, 2, 3, 4, 8)
+ROWS = (8, 16, 32)
 CLUSTERS = (2, 4, 8, 16)
+WHOLE_CHIP = 128  # multiprocessors: eight parts of 16 that are all there
+STEPS = (2, 4, 8, 16)  # of the columns of a block
 PART_OF_CHIP = 16  # multiprocessors within which a cluster lies
 MOST_BLOCK_THREADS = 512
 MOST_PASSES = 16
@@ -46,7 +50,8 @@ class Group:
         blocks: that one copy of W_hh is split over.
         exchange: "cluster" (through the shared memory of a thread block cluster; compute capability
             9.0), "flags" (through L2, a flag in each word) or "counter" (through L2, a barrier).
-        rows: of the batch, that a group takes through the sequence.
+        rows: of the batch, that a group takes through the sequence, at least: rounded up to what it
+            takes at a time.
     """
 
     blocks: int | None = None
@@ -70,8 +75,8 @@ class Group:
             )
 
     def __str__(self) -> str:
-        wishes = (f"{k}={v!r}" for k, v in vars(self).items() if v is not None)
-        return f"Group({', '.join(wishes)})"
+        wishes = [f"{k}={v!r}" for k, v in vars(self).items() if v is not None]
+        return f"Group({', '.join(wishes)})" if wishes else "'group'"
 
 
 @lru_cache(maxsize=4096)
@@ -83,7 +88,7 @@ def group_plans(
         return ()
     found = []
     for exchange in EXCHANGES if wish.exchange is None else (wish.exchange,):
-        for blocks in _sizes(exchange, device) if wish.blocks is None else (wish.blocks,):
+        for blocks in _sizes(h, exchange, device) if wish.blocks is None else (wish.blocks,):
             at_once = _groups_at_once(blocks, exchange, device)
             if at_once == 0:
                 continue
@@ -92,8 +97,14 @@ def group_plans(
                     _plan(n, share, exchange, at_once, device)
                     for share in _shares(h, blocks, rows, dtype, precision, exchange)
                     if share.shared_bytes <= device.shared_per_block
+                    and (wish.blocks is not None or not _idle(share))
                 ]
     return tuple(found)
+
+
+def _idle(share: Share | TensorShare) -> bool:
+    """Whether fewer blocks would own all columns."""
+    return (share.blocks - 1) * share.width >= share.h
 
 
 def why_no_group(h: int, dtype: str, device: Limits, wish: Group) -> str:
@@ -119,10 +130,15 @@ def why_no_group(h: int, dtype: str, device: Limits, wish: Group) -> str:
             default=0,
         )
         if not any(wish.blocks in _all_sizes(e, device) for e in exchanges):
-            sizes = f"a power of two up to {most}" if exchanges == ("cluster",) else f"2 to {most}"
+            if exchanges == ("cluster",):
+                sizes = ", ".join(map(str, _all_sizes("cluster", device)))
+                return (
+                    f"blocks is {wish.blocks} and clusters of {device.name} have {sizes} blocks: "
+                    "expected one of these"
+                )
             return (
                 f"blocks is {wish.blocks} and {device.name} runs {most} blocks of a group at once: "
-                f"expected {sizes}"
+                f"expected 2 to {most}"
             )
     at = "" if wish.blocks is None else f" over {wish.blocks} blocks"
     rows = "" if wish.rows is None else f" and the states of {wish.rows} rows"
@@ -148,9 +164,22 @@ def _all_sizes(exchange: str, device: Limits) -> tuple[int, ...]:
     return tuple(range(2, device.multiprocessors + 1))
 
 
-def _sizes(exchange: str, device: Limits) -> tuple[int, ...]:
-    sizes = set(_all_sizes(exchange, device))
-    return tuple(sorted(sizes & {*BLOCKS, device.multiprocessors}))
+def _sizes(h: int, exchange: str, device: Limits) -> tuple[int, ...]:
+    """Return the sizes to look at where none is asked for.
+
+    Widths of a block come in steps, so each number of blocks is taken down to as many as own a
+    column.
+    """
+    sizes = _all_sizes(exchange, device)
+    if exchange == "cluster":
+        # More than 8 is not portable: taken unasked only where the parts of a chip hold it.
+        whole = device.multiprocessors >= WHOLE_CHIP
+        return tuple(size for size in sizes if size <= 8 or whole)
+    found = set()
+    for size in {*BLOCKS, device.multiprocessors}:
+        width = -(-h // size)
+        found |= {-(-h // (-(-width // step) * step)) for step in STEPS}
+    return tuple(sorted(found & set(sizes)))
 
 
 def _groups_at_once(blocks: int, exchange: str, device: Limits) -> int:
@@ -167,8 +196,9 @@ def _groups_at_once(blocks: int, exchange: str, device: Limits) -> int:
 
 
 def _rows(n: int, at_once: int) -> tuple[int, ...]:
-    """Return how many rows of the batch a group might own: all of them are done in a few waves."""
-    return tuple({-(-max(1, n) // (at_once * waves)): None for waves in WAVES})
+    """Return how many rows of the batch a group might own: those of a few waves, or else few."""
+    few = [-(-max(1, n) // (at_once * waves)) for waves in WAVES]
+    return tuple(dict.fromkeys([*few, *(rows for rows in ROWS if rows < few[-1])]))
 
 
 def _shares(
@@ -193,6 +223,8 @@ def _plain_shares(h: int, blocks: int, columns: int, rows: int) -> Iterator[Shar
             if share.threads > MOST_BLOCK_THREADS:
                 continue
             kept = register_weights(share.threads, R * C) // C // VECTOR * VECTOR
+            if kept < share.depth:  # the others pass through registers, four k at a time
+                kept = max(0, kept - VECTOR)
             yield share._replace(kept=min(share.depth, kept))
 
 
@@ -243,9 +275,8 @@ def _plan(
     groups = max(1, -(-n // share.slice_rows))
     waves = -(-groups // at_once)
     clusters = exchange == "cluster"
-    launches = 1 if clusters else waves
-    if not clusters:
-        groups = -(-groups // launches)
+    launches = -(-groups * share.blocks // MOST_BLOCKS) if clusters else waves
+    groups = -(-groups // launches)
     product = _product_cycles(share)
     rows = min(share.slice_rows, max(1, n))
     cycles = product + _exchange_cycles(share, rows, exchange, min(groups, at_once), device)
