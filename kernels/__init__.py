@@ -6,10 +6,12 @@ variable. Everything a kernel assumes has been established by ``gpurnn.validate`
 launched, and only ``gpurnn.cuda`` launches it.
 
 ``step`` is read first: one time step a launch. ``resident`` takes the whole sequence in one, with
-the product of ``product``. ``layer`` is a step without a state, ``tiled`` the product of both it
-and ``step``; ``tail`` is what remains of a step whose product a library makes. A kernel is made by
-a factory for sizes, an activation (``activations``) and a way of storing numbers (``storage``); its
-docstring is the contract.
+the product of ``product``. ``group`` does so over several blocks, which ``exchange`` their states;
+``part`` says what a block of it computes, ``split`` in float32, ``tensor`` by the instructions of
+``mma``. ``probes`` measure what an exchange takes. ``layer`` is a step without a state, ``tiled``
+the product of both it and ``step``; ``tail`` is what remains of a step whose product a library
+makes. A kernel is made by a factory for sizes, an activation (``activations``) and a way of storing
+numbers (``storage``); its docstring is the contract.
 
 Layouts
 -------

@@ -75,7 +75,8 @@ def run_forward(
     Z = (drawn.X.astype(np.float32) @ drawn.W_xh.astype(np.float32)).astype(dtype)
     spec = KernelSpec("group_forward", share, activation, dtype.name, False, exchange)
     arrays = [Z.reshape(-1), states.reshape(-1), drawn.W_hh, drawn.b_h]
-    launch(spec, arrays, T, n, **options)
+    report, _ = launch(spec, arrays, T, n, **options)
+    assert not report.any(), "a block gave up"
     return states
 
 
@@ -96,5 +97,6 @@ def run_backward(
     spec = KernelSpec("group_backward", share, activation, dtype.name, scaled, exchange)
     arrays = [drawn.dH.reshape(-1), states[1:].reshape(-1), grads.reshape(-1), drawn.W_hh]
     last = () if xi is None else (xi.astype(REAL[dtype.name]),)
-    launch(spec, arrays, T, n, last=last, **options)
+    report, _ = launch(spec, arrays, T, n, last=last, **options)
+    assert not report.any(), "a block gave up"
     return grads

@@ -9,6 +9,9 @@ from gpu_setup import GPU, assert_as_reference, cp, gpu, reference, results
 from tolerance import assert_close, assert_same_bits
 
 from gpurnn import functional as F
+from gpurnn import tuned
+from gpurnn.bench.probe import measure_probes
+from gpurnn.bench.soak import run_soak
 from gpurnn.cuda import reports
 from gpurnn.cuda.engines import GPUEngine, limits_of
 from gpurnn.cuda.specs import KernelSpec
@@ -226,3 +229,18 @@ def test_within_a_capture_of_the_caller(gpu: GPU) -> None:
             graph.launch()
         stream.synchronize()
     assert_same_bits("H", gpu.get(H), expected)
+
+
+def test_probes(gpu: GPU) -> None:
+    """Each does what it is timed for, and all that this GPU can do is measured."""
+    limits = limits_of(gpu.cp.cuda.Device().id)
+    found = measure_probes(seconds=0.02).latencies
+    assert found.measured
+    assert [size for size, _ in found.cluster] == [
+        size for size in tuned.CLUSTERS if size <= limits.largest_cluster
+    ]
+
+
+def test_a_short_soak(gpu: GPU) -> None:
+    outcomes = list(run_soak(40, kernel="group", limit=30.0))
+    assert any(outcome.checked for outcome in outcomes)

@@ -243,6 +243,41 @@ def test_a_block_that_never_comes_is_reported(exchange: str) -> None:
     assert np.isnan(grads[:4, 1]).all()
 
 
+@pytest.mark.parametrize("exchange", ["flags", "counter"])
+def test_a_block_without_columns_may_lag(exchange: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for it, so it must not wait for words that others have overwritten since."""
+    from numba import cuda, uint32
+
+    from gpurnn.kernels import group
+    from gpurnn.kernels.device import device
+    from gpurnn.kernels.ptx import load_relaxed
+
+    made = group.exchange
+    idle, rounds = uint32(2), 60
+
+    def slowed(*arguments: Any) -> Any:
+        real = made(*arguments)
+
+        @device
+        def wait(words, v, source, base, of_group, buffer, rows, tag, patience):  # type: ignore[no-untyped-def]
+            if uint32(cuda.blockIdx.x) == idle:
+                for _ in range(rounds):
+                    load_relaxed(words, uint32(0))
+            return real.wait(words, v, source, base, of_group, buffer, rows, tag, patience)
+
+        return real._replace(wait=wait)
+
+    monkeypatch.setattr(group, "exchange", slowed)
+    share = Share(8, 3, 2, 2, 1, 1, 4)  # 4 columns a block: the third has none
+    drawn = draw(Case("", T=8, n=1, d=2, h=8), dtype=np.float32)
+    own = gpurnn.Activation(lambda z: 0.25 * z, lambda h: 0.25, of_output=True)  # built anew
+    states = run_forward(share, exchange, drawn, own, patience=500)
+    assert np.isfinite(states).all()
+    monkeypatch.undo()
+    again = gpurnn.Activation(lambda z: 0.25 * z, lambda h: 0.25, of_output=True)
+    assert_same_bits("states", states, run_forward(share, exchange, drawn, again))
+
+
 @each_exchange
 def test_an_exchange_that_does_not_wait_is_found(
     exchange: str, monkeypatch: pytest.MonkeyPatch
