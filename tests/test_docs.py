@@ -30,6 +30,37 @@ def test_the_table_is_that_of_the_compiler() -> None:
     assert f"in {eight:,} + about 250 cycles" in TEXT
 
 
+def test_the_table_of_groups_is_that_of_the_compiler() -> None:
+    rows = re.findall(
+        r"^\| (\w+) \| (\w+) \| (\d+) \| (\d+) \| (\d+) \| (\w+) \| (\d+) \| ([\d,]+) \| ([\d,]+) \| "
+        r"(\d+)% \|$",
+        TEXT,
+        re.MULTILINE,
+    )
+    assert len(rows) == 22
+    for kind, dtype, h, blocks, r, exchange, *figures in rows:
+        dtype = "float32 tf32" if dtype == "TF32" else dtype
+        key = f"group_{kind} {dtype} h={h} blocks={blocks} rows={r} {exchange} tanh sm_90"
+        k = KERNELS[key]
+        expected = [k["registers"], k["dynamic_shared"], k["loop"]]
+        assert [int(figure.replace(",", "")) for figure in figures[:3]] == expected, key
+        assert figures[3] == f"{100 * k['useful']:.0f}"
+
+
+def test_the_times_of_groups_are_those_of_the_plan() -> None:
+    rows = re.findall(r"^\| (\d+) \| ((?:[\d.]+ \(\w+, \d+ blocks\) \| ){4})", TEXT, re.MULTILINE)
+    assert [int(h) for h, _ in rows] == [300, 384, 512, 640, 1024]
+    for h, cells in rows:
+        for n, cell in zip((1, 8, 32, 64), cells.split(" | "), strict=False):
+            plan = planning.plan(
+                T=1000, n=n, d=1, h=int(h), device=planning.DEVICES["H100"], kernel=None
+            )
+            assert plan.tile is not None
+            time, exchange, blocks = re.match(r"([\d.]+) \((\w+), (\d+) blocks\)", cell).groups()  # type: ignore[union-attr]
+            assert (plan.exchange, plan.tile.blocks) == (exchange, int(blocks))
+            assert f"about {time} µs a step" in str(plan)
+
+
 def test_the_plan_guesses_registers_well_enough() -> None:
     """To within a quarter of what backward kernels take: they hold most."""
     pattern = r"resident_backward (\w+) h=(\d+) rows=(\d+) tanh sm_90"
