@@ -101,7 +101,12 @@ def test_kernels_under_the_emulator_and_compiled() -> None:
         "emulator, step",
         "emulator, concatenated",
         "emulator, gemm",
+        "emulator, Group(blocks=2, exchange='flags')",
+        "emulator, Group(blocks=2, exchange='counter')",
+        "emulator, Group(blocks=2, exchange='cluster')",
         "emulator, resident, float16",
+        "emulator, resident, bfloat16",
+        "emulator, Group(blocks=2, exchange='flags'), float16",
         "emulator, step, past a tile",
     ):
         assert found[name].status == "ok"

@@ -127,10 +127,10 @@ def test_a_block_that_gave_up_makes_the_next_call_raise_once(
     assert len(cupy.pinned) == 1, "one report for each device"
     assert not any(cupy.pinned[0]), "the host clears it, the kernel says nothing"
     words = np.frombuffer(cupy.pinned[0], np.uint32)
-    words[[3, 5]] = 7, 6
+    words[[0, 1]] = 7, 6
     with pytest.raises(
         RuntimeError,
-        match=r"^a group kernel on CUDA device 0 gave up: block 3 waited in vain for the others at "
+        match=r"^a group kernel on CUDA device 0 gave up: block 0 waited in vain for the others at "
         r"exchange 7 of its sequence, and so did 1 more",
     ):
         forward(cupy, drawn, kernel)

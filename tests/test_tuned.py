@@ -245,7 +245,7 @@ def test_an_impossible_choice_is_an_error_that_names_the_table(
         gpurnn.plan(T=10, n=2, d=1, h=300, device="H100")
     told = str(error.value)
     assert told.startswith("the table of measured choices names for NVIDIA H100, n = 2, h = 300")
-    assert "blocks is 200 and NVIDIA H100 runs 16 blocks of a group at once" in told
+    assert "blocks is 200 and clusters of NVIDIA H100 have 2, 4, 8, 16 blocks" in told
 
 
 def test_latencies_of_the_table_reach_the_model(table: Callable[[Any], Path]) -> None:

@@ -26,6 +26,7 @@ from gpurnn.activation import Activation
 from gpurnn.cuda.engines import cupy, emulated
 from gpurnn.doctor.device import describe, why_no_gpu
 from gpurnn.doctor.findings import Finding, found_by
+from gpurnn.planning import Group
 
 __all__ = ["compiled", "emulated_checks", "gpu_checks", "within"]
 
@@ -34,7 +35,15 @@ Array = NDArray[Any]
 FACTOR = 8
 ROUNDED = 4
 NAMES = ("H", "dX", "dh_0", "dW_xh", "dW_hh", "db_h")
-KERNELS = ("resident", "step", "concatenated", "gemm")
+KERNELS: tuple[str | Group, ...] = (
+    "resident",
+    "step",
+    "concatenated",
+    "gemm",
+    Group(2, "flags"),
+    Group(2, "counter"),
+    Group(2, "cluster"),
+)
 # T, n, d, h: odd, and on a GPU past a warp
 EMULATED_SIZES = (4, 3, 5, 9)
 WIDE_SIZES = (2, 5, 7, 33)
@@ -104,7 +113,8 @@ def emulated_checks() -> Iterator[Finding]:
             yield Finding("emulator", "missing", f"not tried: {install} is missing", advice)
             return
     wanted = [(kernel, "float32", EMULATED_SIZES) for kernel in KERNELS]
-    wanted += [("resident", dtype, EMULATED_SIZES) for dtype in half_types()]
+    for kernel in ("resident", Group(2, "flags")):
+        wanted += [(kernel, dtype, EMULATED_SIZES) for dtype in half_types()]
     wanted.append(("step", "float32", WIDE_SIZES))
     for kernel, dtype, sizes in wanted:
         name = f"emulator, {kernel}"
@@ -113,7 +123,7 @@ def emulated_checks() -> Iterator[Finding]:
 
         def check(
             name: str = name,
-            kernel: str = kernel,
+            kernel: str | Group = kernel,
             dtype: str = dtype,
             sizes: tuple[int, int, int, int] = sizes,
         ) -> Iterator[Finding]:
@@ -127,21 +137,24 @@ def gpu_checks() -> Iterator[Finding]:
     """Yield kernels run on the GPU against the reference: kernels, dtypes, ids, own activation."""
     if why_no_gpu() is not None:
         return
-    wanted: list[tuple[str, str, Any, bool]] = [
+    clusters = tuple(describe()["compute_capability"]) >= (9, 0)
+    kernels = [k for k in KERNELS if clusters or k != Group(2, "cluster")]
+    wanted: list[tuple[str | Group, str, Any, bool]] = [
         (kernel, dtype, "tanh", by_id)
-        for kernel in KERNELS
+        for kernel in kernels
         for dtype in ("float32", "float64", *half_types())
         for by_id in (False, True)
         if not (by_id and kernel == "concatenated")  # its product is of floats
+        and not (dtype == "float64" and isinstance(kernel, Group))
     ]
-    wanted += [(kernel, "float32", user_activation(), False) for kernel in KERNELS]
+    wanted += [(kernel, "float32", user_activation(), False) for kernel in kernels]
     for kernel, dtype, activation, by_id in wanted:
         told = "own activation" if isinstance(activation, Activation) else activation
         name = f"GPU, {kernel}, {dtype}, {told}, {'ids' if by_id else 'floats'}"
 
         def check(
             name: str = name,
-            kernel: str = kernel,
+            kernel: str | Group = kernel,
             dtype: str = dtype,
             activation: Any = activation,
             by_id: bool = by_id,
@@ -156,7 +169,7 @@ def _checked(
     place: Callable[[Array], Any],
     sizes: tuple[int, int, int, int],
     dtype: str,
-    kernel: str,
+    kernel: str | Group,
     activation: str | Activation,
     by_id: bool,
 ) -> Finding:
@@ -173,7 +186,7 @@ def _checked(
     arguments = [X, draw(n, h), draw(d, h, scale=d**-0.5), draw(h, h, scale=0.9 * h**-0.5), draw(h)]
     dH = draw(T, n, h)
 
-    def results(convert: Callable[[Array], Any], kernel: str | None) -> list[Any]:
+    def results(convert: Callable[[Array], Any], kernel: str | Group | None) -> list[Any]:
         H, residuals = F.rnn_forward(
             *(convert(a) for a in arguments), activation=activation, kernel=kernel
         )
