@@ -24,7 +24,7 @@ from gpurnn.tile import WARP, TensorShare
 
 __all__ = ["part"]
 
-LOADED = 4  # chunks of W at once
+LOADED = 2  # chunks of W at once
 SUMS = 4  # of a lane, from one mma
 CHAINS = 2
 """Sums that are added up side by side: an mma need not wait for the one before."""

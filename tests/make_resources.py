@@ -220,27 +220,28 @@ def _group_cases() -> Iterator[Case]:
     # float32 products.
     for rows in (1, 4):
         yield from _group(both, "float32", 512, 8, "cluster", rows)
-        yield from _group(both, "float32", 512, 8, "flags", rows, each)
-        yield from _group(both, "float32", 512, 8, "counter", rows)
+    yield from _group(both, "float32", 512, 8, "flags", 1)
+    yield from _group(both, "float32", 512, 8, "counter", 1)
+    for rows in (1, 4):
+        yield from _group((GROUP_BACKWARD,), "float32", 512, 8, "flags", rows, (SM_80,))
     yield from _group(both, "float32", 1024, 16, "cluster", 1)
-    yield from _group(both, "float32", 1024, 16, "flags", 4)
+    yield from _group((GROUP_BACKWARD,), "float32", 1024, 16, "flags", 4)
     yield from _group(both, "float32", 1024, 32, "flags", 2)
     yield from _group(both, "float32", 2048, 128, "flags", 1)
-    yield from _group(both, "float32", 512, 8, "cluster", 1, activation=SILU)
+    yield from _group((GROUP_BACKWARD,), "float32", 512, 8, "cluster", 1, activation=SILU)
     yield from _group((GROUP_BACKWARD,), "float32", 512, 8, "flags", 1, scaled=True)
     # Tensor cores.
     yield from _group(both, "float16", 512, 8, "cluster", 8)
-    yield from _group(both, "float16", 512, 8, "flags", 8, each)
-    yield from _group(both, "bfloat16", 1024, 32, "counter", 16, each)
+    yield from _group((GROUP_BACKWARD,), "float16", 512, 8, "flags", 8, each)
+    yield from _group((GROUP_BACKWARD,), "bfloat16", 1024, 32, "counter", 16, each)
     yield from _group(both, "float16", 1024, 32, "counter", 32)
-    yield from _group(both, "float16", 2048, 64, "counter", 8)
+    yield from _group((GROUP_FORWARD,), "float16", 2048, 64, "counter", 8, each)
     yield from _group(both, "tf32", 512, 8, "cluster", 8)
-    yield from _group(both, "tf32", 512, 16, "flags", 8, each)
     yield from _group(both, "tf32", 1024, 32, "counter", 16)
-    yield from _group(both, "tf32", 2048, 128, "counter", 8)
+    yield from _group((GROUP_BACKWARD,), "tf32", 2048, 128, "counter", 8)
     # As many registers as planning lets a kernel have.
-    yield from _group(both, "float16", 655, 12, "flags", 16, activation="softplus")
-    yield from _group(both, "tf32", 720, 16, "cluster", 8, activation=SILU)
+    yield from _group((GROUP_BACKWARD,), "float16", 655, 12, "flags", 16, activation="softplus")
+    yield from _group((GROUP_BACKWARD,), "tf32", 720, 16, "cluster", 8, activation=SILU)
     yield from _group((GROUP_BACKWARD,), "tf32", 512, 8, "cluster", 16, scaled=True)
 
 
