@@ -269,7 +269,7 @@ def test_gpu_checks_run_all_kinds(fake_cuda: Any, monkeypatch: pytest.MonkeyPatc
     with emulated(check_races=False):
         found = by_name(kernels.gpu_checks())
     assert {f.status for f in found.values()} == {"ok"}, found
-    assert len(found) == 32
+    assert len(found) == 53
     assert "GPU, resident, float16, tanh, ids" in found
     assert "GPU, step, float32, own activation, floats" in found
     assert "GPU, concatenated, bfloat16, tanh, floats" in found

@@ -433,4 +433,4 @@ def test_more_units_than_a_grid_has() -> None:
     with pytest.raises(ValueError) as e:
         plan(T=1, n=3, d=1, h=65_535 * 16 + 1, device=H100)
     assert str(e.value) == message
-    assert plan(T=1, n=2**30, d=1, h=1024, device=H100).grid == (2**26, 64, 1)
+    assert plan(T=1, n=2**30, d=1, h=1024, device=H100, kernel="step").grid == (2**26, 64, 1)

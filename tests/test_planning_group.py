@@ -69,7 +69,8 @@ def test_whatever_is_planned_fits(n: int, h: int, kind: str, device: Limits) -> 
         assert found.precision == precision
         assert_fits(found, n, h, device)
         assert isinstance(found.tile, Share | TensorShare)
-        assert (found.tile.blocks - 1) * found.tile.width < h, "a block without columns"
+        # a block without columns only where fewer would be no group
+        assert (found.tile.blocks - 1) * found.tile.width < h or h <= found.tile.width
 
 
 @pytest.mark.parametrize(

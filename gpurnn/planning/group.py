@@ -86,20 +86,19 @@ def group_plans(
     """Return nanoseconds a step and plan of every way that fits and that ``wish`` leaves open."""
     if dtype == "float64" or (dtype != "float32" and not device.tensor_cores):
         return ()
-    found = []
+    found: list[tuple[float, Plan]] = []
+    idle: list[tuple[float, Plan]] = []
     for exchange in EXCHANGES if wish.exchange is None else (wish.exchange,):
         for blocks in _sizes(h, exchange, device) if wish.blocks is None else (wish.blocks,):
             at_once = _groups_at_once(blocks, exchange, device)
             if at_once == 0:
                 continue
             for rows in _rows(n, at_once) if wish.rows is None else (wish.rows,):
-                found += [
-                    _plan(n, share, exchange, at_once, device)
-                    for share in _shares(h, blocks, rows, dtype, precision, exchange)
-                    if share.shared_bytes <= device.shared_per_block
-                    and (wish.blocks is not None or not _idle(share))
-                ]
-    return tuple(found)
+                for share in _shares(h, blocks, rows, dtype, precision, exchange):
+                    if share.shared_bytes <= device.shared_per_block:
+                        kind = idle if _idle(share) else found
+                        kind.append(_plan(n, share, exchange, at_once, device))
+    return tuple(found or idle)
 
 
 def _idle(share: Share | TensorShare) -> bool:
@@ -175,7 +174,7 @@ def _sizes(h: int, exchange: str, device: Limits) -> tuple[int, ...]:
         # More than 8 is not portable: taken unasked only where the parts of a chip hold it.
         whole = device.multiprocessors >= WHOLE_CHIP
         return tuple(size for size in sizes if size <= 8 or whole)
-    found = set()
+    found = {2}  # fewer would be no group
     for size in {*BLOCKS, device.multiprocessors}:
         width = -(-h // size)
         found |= {-(-h // (-(-width // step) * step)) for step in STEPS}
