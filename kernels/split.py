@@ -37,8 +37,8 @@ def part(share: Share, storage: Storage, *, transposed: bool) -> Part:
         load=_load(share, storage, transposed=transposed),
         place=_place(share),
         encode=_same,
-        bits=_bits,
-        unbits=_unbits,
+        bits=float_bits,
+        unbits=bits_float,
         multiply=_multiply(share),
         finish=_finish(share),
         **_places(share),
@@ -48,16 +48,6 @@ def part(share: Share, storage: Storage, *, transposed: bool) -> Part:
 @device
 def _same(x):
     return x
-
-
-@device
-def _bits(x):
-    return float_bits(x)
-
-
-@device
-def _unbits(u):
-    return bits_float(u)
 
 
 def _clear(share: Share) -> DeviceFunction:

@@ -40,7 +40,7 @@ def part(share: TensorShare, storage: Storage, *, transposed: bool) -> Part:
     that take turns. ``finish`` adds the chains, then the warps' sums from the first to the last.
     """
     halves = share.kind != "tf32"
-    encode, bits, unbits = _of_halves(storage) if halves else (_rounded, _bits, _unbits)
+    encode, bits, unbits = _of_halves(storage) if halves else (_rounded, float_bits, bits_float)
     return Part(
         element=uint16 if halves else float32,
         weight=uint32,
@@ -62,16 +62,6 @@ def part(share: TensorShare, storage: Storage, *, transposed: bool) -> Part:
 @device
 def _rounded(x):
     return bits_float(to_tf32(x))
-
-
-@device
-def _bits(x):
-    return float_bits(x)
-
-
-@device
-def _unbits(u):
-    return bits_float(u)
 
 
 def _of_halves(storage: Storage) -> tuple[DeviceFunction, DeviceFunction, DeviceFunction]:
@@ -187,39 +177,37 @@ def _multiply(share: TensorShare) -> DeviceFunction:
     lanes, four = uint32(WARP), uint32(4)
     zero = float32(0)
 
+    def of_chain(chain, a):
+        """Multiply four registers of W, from ``a`` on, with two words of v, into a chain's sums."""
+        b = 2 * chain
+
+        @device
+        def run(w, words, acc, t):
+            acc[chain, t, 0], acc[chain, t, 1], acc[chain, t, 2], acc[chain, t, 3] = mma(
+                w[a],
+                w[a + 1],
+                w[a + 2],
+                w[a + 3],
+                words[b],
+                words[b + 1],
+                acc[chain, t, 0],
+                acc[chain, t, 1],
+                acc[chain, t, 2],
+                acc[chain, t, 3],
+            )
+
+        return run
+
     def chunk(number):
         a, start = 8 * number, number * share.chunk
+        one, other = of_chain(0, a), of_chain(1, a + 4)
 
         @device
         def run(w, v, at, acc, _):
             for t in range(tiles):
-                b = load_words4(v, at + uint32(t * next_tile + start))
-                c0, c1, c2, c3 = mma(
-                    w[a],
-                    w[a + 1],
-                    w[a + 2],
-                    w[a + 3],
-                    b[0],
-                    b[1],
-                    acc[0, t, 0],
-                    acc[0, t, 1],
-                    acc[0, t, 2],
-                    acc[0, t, 3],
-                )
-                acc[0, t, 0], acc[0, t, 1], acc[0, t, 2], acc[0, t, 3] = c0, c1, c2, c3
-                c0, c1, c2, c3 = mma(
-                    w[a + 4],
-                    w[a + 5],
-                    w[a + 6],
-                    w[a + 7],
-                    b[2],
-                    b[3],
-                    acc[1, t, 0],
-                    acc[1, t, 1],
-                    acc[1, t, 2],
-                    acc[1, t, 3],
-                )
-                acc[1, t, 0], acc[1, t, 1], acc[1, t, 2], acc[1, t, 3] = c0, c1, c2, c3
+                words = load_words4(v, at + uint32(t * next_tile + start))
+                one(w, words, acc, t)
+                other(w, words, acc, t)
 
         return run
 

@@ -144,7 +144,7 @@ def test_a_kernel_reports_where_the_host_looks(
     """The last block of the grid is left out: its group gives up in its first exchange."""
     drawn = draw(ODD, dtype=np.float32)
     kernel = Group(3, "flags")
-    monkeypatch.setattr(engines, "GPU_PATIENCE", 20)
+    monkeypatch.setattr(reports, "PATIENCE", 20)
     whole = fake_cupy.Function.run
 
     def without_the_last(self: Any, grid: Any, *rest: Any) -> None:

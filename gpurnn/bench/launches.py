@@ -65,11 +65,6 @@ class RecordingEngine:
         self.launches.append(lambda: words.fill(0))
         return words
 
-    @property
-    def patience(self) -> int:
-        """How often a thread polls for another block."""
-        return self.inner.patience
-
     def report(self, blocks: int) -> Any:
         """Return where blocks report."""
         return self.inner.report(blocks)

@@ -14,6 +14,7 @@ import numpy as np
 from gpurnn import tuned
 from gpurnn.bench.clocks import Clock, GPUClock
 from gpurnn.bench.common import Figure
+from gpurnn.cuda import reports
 from gpurnn.cuda.engines import Engine, GPUEngine, cupy
 from gpurnn.cuda.specs import KernelSpec, Kind
 from gpurnn.tile import LINE
@@ -226,7 +227,7 @@ class _Timing:
                 (blocks, 1, 1),
                 (threads, 1, 1),
                 (words, report),
-                [(steps, self.engine.patience)],
+                [(steps, reports.PATIENCE)],
                 cooperative=True,
             )
 

@@ -11,11 +11,10 @@ import threading
 from functools import cache
 from typing import Any
 
-from gpurnn.planning import MOST_ROWS, dtype_name
+from gpurnn.planning import MOST_ROWS, PRECISIONS, dtype_name
 
-__all__ = ["PRECISIONS", "WORKSPACE", "CuBLASError", "product"]
+__all__ = ["WORKSPACE", "CuBLASError", "product"]
 
-PRECISIONS = ("ieee", "tf32")
 
 WORKSPACE = 8 << 20
 """Bytes of a workspace. 16 KiB are enough to run; more lets a long sum be made in parts."""

@@ -32,9 +32,6 @@ Array = Any  # cupy.ndarray, or numpy.ndarray under the emulator
 
 Size = tuple[int, int, int]
 
-GPU_PATIENCE = 1 << 24  # polls, of a third of a microsecond or more: seconds
-EMULATED_PATIENCE = 1 << 24
-
 
 class Engine(Hashable, Protocol):
     """A place where kernels run: ``xp`` makes its arrays."""
@@ -69,10 +66,6 @@ class Engine(Hashable, Protocol):
 
     def scratch(self, shape: tuple[int, ...]) -> Array:
         """Return an array of uint64, 0 in every place when the next launch begins."""
-
-    @property
-    def patience(self) -> int:
-        """How often a thread polls for another block before it gives up."""
 
     def report(self, blocks: int) -> Array:
         """Return a flat array of uint32, 0, in which so many blocks report that they gave up."""
@@ -171,10 +164,6 @@ class GPUEngine:
 
     def scratch(self, shape: tuple[int, ...]) -> Array:
         return cupy().zeros(shape, np.uint64)
-
-    @property
-    def patience(self) -> int:
-        return GPU_PATIENCE
 
     def report(self, blocks: int) -> Array:
         return reports.mapped(cupy(), self.index).array(blocks)
@@ -300,7 +289,7 @@ class _PoisonedNumPy:
 _POISONED = _PoisonedNumPy()
 
 
-def rounded_to_tf32(A: Array) -> Array:
+def _rounded_to_tf32(A: Array) -> Array:
     """Round float32 to 10 explicit bits of significand, to nearest, halfway away from zero."""
     bits = np.ascontiguousarray(A, np.float32).view(np.uint32)
     rounded = (bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)
@@ -352,10 +341,6 @@ class EmulatedEngine:
     def scratch(self, shape: tuple[int, ...]) -> Array:
         return np.zeros(shape, np.uint64)
 
-    @property
-    def patience(self) -> int:
-        return EMULATED_PATIENCE
-
     def report(self, blocks: int) -> Array:
         return np.zeros(blocks, np.uint32)
 
@@ -374,7 +359,7 @@ class EmulatedEngine:
         summed = out.dtype
         A, B = A.astype(summed, copy=False), B.astype(summed, copy=False)
         if precision == "tf32":
-            A, B = rounded_to_tf32(A), rounded_to_tf32(B)
+            A, B = _rounded_to_tf32(A), _rounded_to_tf32(B)
         np.matmul(A, B, out=out)
 
     def workspace(self) -> Array | None:

@@ -6,13 +6,16 @@ queued on the current stream, and nothing waits for it. Every sum has one order:
 give the same bits each time.
 """
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
+
 from gpurnn import planning, segments
 from gpurnn.activation import Activation, AnyActivation
-from gpurnn.cuda import gemm
+from gpurnn.cuda import gemm, reports
 from gpurnn.cuda.engines import Array, Engine
 from gpurnn.cuda.specs import REAL, KernelSpec, Kind
 from gpurnn.planning import SIDE, Group, Plan, dtype_name, scratch_words
@@ -142,7 +145,11 @@ def _launch_groups(
     engine.check_reports()
     rows = plan.grid[0] // plan.tile.blocks * plan.tile.slice_rows
     starts = range(0, n, rows)
-    words = engine.scratch((len(starts), scratch_words(plan)))
+    shape = len(starts), scratch_words(plan)
+    if plan.cooperative:
+        words = engine.scratch(shape)
+    else:  # no one looks at them: not worth a launch that clears them
+        words = _constant(engine, "zeros", math.prod(shape), np.uint64).reshape(shape)
     report = engine.report(plan.grid[0])
     for i, row_0 in enumerate(starts):
         engine.launch(
@@ -150,7 +157,7 @@ def _launch_groups(
             plan.grid,
             plan.block,
             (*arrays, words[i], report, *last),
-            [(T, n, row_0, engine.patience)],
+            [(T, n, row_0, reports.PATIENCE)],
             plan.shared,
             cluster=plan.cluster,
             cooperative=plan.cooperative,

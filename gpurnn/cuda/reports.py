@@ -13,7 +13,10 @@ from numpy.typing import NDArray
 
 from gpurnn.planning import MOST_BLOCKS
 
-__all__ = ["Mapped", "check", "mapped"]
+__all__ = ["PATIENCE", "Mapped", "check", "mapped"]
+
+PATIENCE = 1 << 24
+"""Polls of a thread, a third of a microsecond each or more, after which its block gives up."""
 
 
 class Mapped:

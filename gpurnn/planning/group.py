@@ -124,11 +124,9 @@ def why_no_group(h: int, dtype: str, device: Limits, wish: Group) -> str:
         )
     if wish.blocks is not None:
         exchanges = EXCHANGES if wish.exchange is None else (wish.exchange,)
-        most = max(
-            (b for e in exchanges for b in _all_sizes(e, device)),
-            default=0,
-        )
-        if not any(wish.blocks in _all_sizes(e, device) for e in exchanges):
+        possible = {size for exchange in exchanges for size in _all_sizes(exchange, device)}
+        if wish.blocks not in possible:
+            most = max(possible, default=0)
             if exchanges == ("cluster",):
                 sizes = ", ".join(map(str, _all_sizes("cluster", device)))
                 return (
