@@ -6,11 +6,10 @@ The only module that imports kernels.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 from gpurnn.activation import Activation
 from gpurnn.compiler import ArraySpec
-from gpurnn.tile import Share, TensorShare, Tile
 
 __all__ = ["ARGUMENTS", "MOST_KEPT", "KernelSpec", "Kind", "build", "signature"]
 
@@ -21,9 +20,15 @@ REAL = {"float32": "float32", "float64": "float64", "float16": "float32", "bfloa
 STORED = {"float32": "float32", "float64": "float64", "float16": "uint16", "bfloat16": "uint16"}
 
 # Axes of each array argument in its order, "r" before them where it is of the type computed with;
-# "i" stands for an integer, "words" and "report" for the flat arrays of integers that a group
-# kernel wants beside, and a probe alone.
-BESIDE = {"words": "uint64", "report": "uint32"}
+# "i" stands for an integer, names for flat arrays of a type that the kernel's dtype does not alter:
+# of token ids, of what a group kernel wants beside, of scalars that stay on the device.
+BESIDE = {
+    "ids": "int32",
+    "words": "uint64",
+    "report": "uint32",
+    "counts": "int64",
+    "doubles": "float64",
+}
 ARGUMENTS: dict[str, tuple[int | str, ...]] = {
     "resident_forward": (1, 1, 2, 1, "i", "i"),
     "resident_backward": (1, 1, 1, 2, "i", "i"),
@@ -73,13 +78,13 @@ class KernelSpec:
     """A kernel, and what it is compiled for.
 
     ``kind`` is a key of ``ARGUMENTS``. ``sizes`` is the tile of a resident kernel, the share of a
-    group kernel, the side of a tiled one, None for ``layer_backward``, the tails and probes.
+    group kernel, the side of a tiled one, None where any block of up to 256 threads will do.
     ``scaled`` backward kernels take ξ as well. ``exchange`` is that of a group kernel. A probe is
     one kernel whatever its activation and dtype.
     """
 
     kind: Kind
-    sizes: Tile | Share | TensorShare | int | None
+    sizes: Any
     activation: str | Activation
     dtype: str
     scaled: bool = False
@@ -88,9 +93,9 @@ class KernelSpec:
     @property
     def threads(self) -> int:
         """Threads of its blocks, at most."""
-        if isinstance(self.sizes, Tile | Share | TensorShare):
-            return self.sizes.threads
-        return 256 if self.sizes is None else self.sizes**2
+        if isinstance(self.sizes, int):
+            return self.sizes**2
+        return 256 if self.sizes is None else int(self.sizes.threads)
 
     @property
     def lasting(self) -> bool:
