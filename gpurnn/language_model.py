@@ -15,6 +15,9 @@ from gpurnn import checkpoint, loss, validate
 from gpurnn import functional as F
 from gpurnn.activation import Activation
 from gpurnn.batches import Windows
+from gpurnn.cuda import devices
+from gpurnn.cuda.arrays import beside, engine_of, library_of, on_host
+from gpurnn.cuda.engines import GPUEngine
 from gpurnn.evaluation import Evaluation
 from gpurnn.rnn import RNN, Initialisation, draw_weights
 from gpurnn.sampling import TokenSampler
@@ -26,6 +29,7 @@ Floats = NDArray[Any]
 Ids = NDArray[Any]
 
 EVALUATION_CHUNK = 1024  # time steps whose logits are held at once
+EVALUATION_CHUNK_ON_GPU = 1 << 15  # each costs a wait
 
 
 class LanguageModel:
@@ -38,6 +42,10 @@ class LanguageModel:
         embedding_size: None feeds the one-hot vector of each token, as the book does (by picking
             rows of W_xh); a number learns an embedding E (|V|, embedding_size) in between.
         dropout: probability of zeroing an input of the output layer in training; 0 ≤ p < 1.
+
+    The parameters are NumPy arrays, or after ``to("cuda")`` a GPU's: then everything is computed
+    there, and the ids and states that are given and returned may lie there too. Ids in the host's
+    memory are copied.
 
     Attributes:
         about: what the file that ``load`` read says of the model's origin.
@@ -99,6 +107,37 @@ class LanguageModel:
         """All parameters by name: the RNN's, W_hq (h, q), b_q (q,), E. Change them in place."""
         return MappingProxyType({**self.rnn.params, **self._own})
 
+    @property
+    def device(self) -> str:
+        """Where the parameters lie: "cpu", or a GPU such as "cuda:0"."""
+        engine = engine_of(self._own["W_hq"])
+        return f"cuda:{engine.index}" if isinstance(engine, GPUEngine) else "cpu"
+
+    def to(self, device: str) -> Self:
+        """Move the parameters to "cpu", "cuda" (CuPy's current GPU) or "cuda:N"; return the model.
+
+        Raises:
+            ValueError: the device is none of these, or not there.
+            ImportError: a GPU is meant, and CuPy is not installed.
+        """
+        engine = devices.named(device)
+        moved = {name: on_host(p) for name, p in self.params.items()}
+        if engine is not None:
+            with engine.here():
+                moved = {name: engine.xp.asarray(p) for name, p in moved.items()}
+        self.use_params(moved)
+        return self
+
+    def use_params(self, params: Mapping[str, Floats]) -> None:
+        """Take these arrays, of the names and shapes of ``params``, for the parameters themselves.
+
+        They are not copied: what writes to them changes the model.
+        """
+        own = self.params
+        assert {k: p.shape for k, p in own.items()} == {k: p.shape for k, p in params.items()}
+        for name, a in params.items():
+            (self._own if name in self._own else self.rnn.params)[name] = a
+
     def num_parameters(self) -> int:
         """Return how many numbers ``params`` holds: 2,876 for |V| = 28, h = 32, at any T."""
         return sum(p.size for p in self.params.values())
@@ -109,12 +148,14 @@ class LanguageModel:
 
     def forward(self, X: Ids, state: Floats | None = None) -> tuple[Floats, Floats]:
         """Return the logits O (T, n, q) for the ids X (T, n), and the final state."""
-        H, state, _ = self.rnn.forward(self._inputs(X), state)
+        H, state, _ = self.rnn.forward(self._inputs(self._beside(X)), state)
         return F.linear(H, self._own["W_hq"], self._own.get("b_q")), state
 
     def step(self, X_t: Ids, state: Floats) -> tuple[Floats, Floats]:
         """Update the state once: ids X_t (n,) → the next state, and O_t (n, q)."""
-        O, state = self.forward(validate.array("X_t", X_t)[None], state)
+        X_t = self._beside(X_t)
+        place = validate.kernels_place(library_of(self._own["W_hq"]))
+        O, state = self.forward(validate.array("X_t", X_t, place)[None], state)
         return state, O[0]
 
     def loss_and_gradients(
@@ -125,6 +166,7 @@ class LanguageModel:
         *,
         xi: Floats | None = None,
         rng: np.random.Generator | None = None,
+        check_ids: bool = True,
     ) -> tuple[float, dict[str, Floats], Floats]:
         """One pass forward and back.
 
@@ -138,7 +180,9 @@ class LanguageModel:
             The mean cross-entropy over all T·n targets, the gradients by name, the final state.
         """
         W_hq, E = self._own["W_hq"], self._own.get("E")
-        H, state, residuals = self.rnn.forward(self._inputs(X), state)
+        X, Y = self._beside(X), self._beside(Y)
+        inputs = self._inputs(X, check_ids=check_ids)
+        H, state, residuals = self.rnn.forward(inputs, state, check_ids=check_ids)
         mask = None
         if rng is not None and self.dropout > 0:  # kept values grow, so that the mean stays
             kept = rng.random(H.shape, dtype=np.float32) >= self.dropout
@@ -163,7 +207,7 @@ class LanguageModel:
     ) -> tuple[Floats, Floats]:
         """−log p of each target Y (T, n) given X (T, n), natural logarithm; and the final state."""
         O, state = self.forward(X, state)
-        return F.negative_log_likelihood(O, Y), state
+        return F.negative_log_likelihood(O, self._beside(Y)), state
 
     def encode(self, text: str) -> Ids:
         """Return the ids of a text's tokens; what the vocabulary lacks becomes ``<unk>``."""
@@ -192,8 +236,9 @@ class LanguageModel:
         if len(checked) < 2:
             raise ValueError(f"ids has shape {checked.shape}: expected at least 2 tokens")
         nats, state = 0.0, None
-        for start in range(0, len(checked) - 1, EVALUATION_CHUNK):
-            window = checked[start : start + EVALUATION_CHUNK + 1, None]
+        chunk = EVALUATION_CHUNK if self.device == "cpu" else EVALUATION_CHUNK_ON_GPU
+        for start in range(0, len(checked) - 1, chunk):
+            window = checked[start : start + chunk + 1, None]
             nll, state = self.negative_log_likelihood(window[:-1], window[1:], state)
             nats += float(nll.sum(dtype=np.float64))
         unknown = int(np.count_nonzero(checked[1:] == self.vocabulary.unk))
@@ -313,7 +358,8 @@ class LanguageModel:
             OSError: the file could not be written; one of that name is as it was.
             ValueError: the activation is one of the user's own, see ``config``.
         """
-        arrays = dict(self.params if params is None else params)
+        chosen = self.params if params is None else params
+        arrays = {name: on_host(p) for name, p in chosen.items()}
         document = {"model": self.config(), "about": dict(about or {})}
         checkpoint.write(path, checkpoint.Contents("model", arrays, document))
 
@@ -378,13 +424,19 @@ class LanguageModel:
         own = self.params
         if set(params) != set(own):
             raise ValueError(f"parameters {sorted(params)}: expected {sorted(own)}")
-        checked = {name: validate.like(name, params[name], name, own[name]) for name in own}
+        given = {name: on_host(params[name]) for name in own}
+        checked = {name: validate.like(name, given[name], name, own[name]) for name in own}
         validate.refuse_non_finite(checked)
         for name, a in checked.items():
-            own[name][...] = a
+            own[name][...] = beside(a, own[name])
 
-    def _inputs(self, X: Ids) -> Floats | Ids:
+    def _inputs(self, X: Ids, *, check_ids: bool = True) -> Floats | Ids:
         E = self._own.get("E")
         if E is None:
             return X
-        return F.embedding(X, E)
+        return F.embedding(X, E, check_ids=check_ids)
+
+    def _beside(self, ids: Ids) -> Ids:
+        """Return ids in the memory where the parameters lie."""
+        there: Ids = beside(ids, self._own["W_hq"])
+        return there

@@ -8,10 +8,11 @@ stream        first word              second                third
 ============  ======================  ====================  ===========================
 ``SAMPLING``  number of the token     row of the batch      0
 ``DROPOUT``   element // 4, lower     element // 4, upper   number of the update, from 0
+``CUTS``      time step               0                     number of the update, from 0
 ============  ======================  ====================  ===========================
 
-Sampling takes the first of the four words; element e of an array whose values are dropped, counted
-in C order, takes the one with number e % 4.
+Sampling and the cuts of randomized truncation take the first of the four words; element e of an
+array whose values are dropped, counted in C order, takes the one with number e % 4.
 """
 
 from typing import Any
@@ -19,11 +20,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["DROPOUT", "SAMPLING", "key", "uniform", "words"]
+__all__ = ["CUTS", "DROPOUT", "SAMPLING", "key", "uniform", "words"]
 
 Words = NDArray[np.uint32]
 
-SAMPLING, DROPOUT = 0, 1
+SAMPLING, DROPOUT, CUTS = 0, 1, 2
 
 ROUNDS = 10
 MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))

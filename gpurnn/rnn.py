@@ -13,6 +13,7 @@ from numpy.typing import DTypeLike, NDArray
 from gpurnn import functional as F
 from gpurnn import validate
 from gpurnn.activation import Activation
+from gpurnn.cuda.arrays import beside, library_of
 
 __all__ = ["INITIALISATIONS", "RNN", "Initialisation", "draw_weights"]
 
@@ -117,6 +118,7 @@ class RNN:
         h_0: Floats | None = None,
         *,
         checkpoint_every: int | None = None,
+        check_ids: bool = True,
     ) -> tuple[Floats, Floats, list[F.RNNResiduals]]:
         """Run a whole sequence.
 
@@ -125,6 +127,7 @@ class RNN:
             h_0: the state before the first step; None is zeros.
             checkpoint_every: as in ``functional.rnn_forward``, for every layer. What a layer takes
                 from the one below, that one's H, is kept whole.
+            check_ids: as in ``functional.rnn_forward``.
 
         Returns:
             H (T, n, h) of the last layer, the final state, and the residuals for ``backward``.
@@ -143,11 +146,12 @@ class RNN:
                 b_h,
                 activation=self.activation,
                 checkpoint_every=checkpoint_every,
+                check_ids=check_ids,
             )
             residuals.append(r)
             last = H[-1] if len(H) else r.states[0]
             final.append(last.copy())  # a view would hold the whole sequence
-        return H, final[0] if self.num_layers == 1 else np.stack(final), residuals
+        return H, _stacked(final), residuals
 
     def backward(
         self, dH: Floats, residuals: list[F.RNNResiduals], *, xi: Floats | None = None
@@ -168,16 +172,20 @@ class RNN:
             if db_h is not None:
                 grads[_named("b_h", layer)] = db_h
             dh_0.append(d_initial)
-        return dX, dh_0[0] if self.num_layers == 1 else np.stack(dh_0[::-1]), grads
+        return dX, _stacked(dh_0[::-1]), grads
 
     def init_state(self, n: int = 1) -> Floats:
         """Return the zero state for n rows: (n, h), or (num_layers, n, h) for several layers."""
-        shape = (validate.at_least("n", n, 0), self.hidden_size)
-        return np.zeros(shape if self.num_layers == 1 else (self.num_layers, *shape), self.dtype)
+        shape: tuple[int, ...] = (validate.at_least("n", n, 0), self.hidden_size)
+        if self.num_layers > 1:
+            shape = (self.num_layers, *shape)
+        zero: Floats = beside(np.zeros(shape, self.dtype), self.params["W_hh"])
+        return zero
 
     def step(self, X_t: Floats | Ids, state: Floats) -> Floats:
         """One time step: X_t (n, d) floats or (n,) ids, and the state, give the next state."""
-        return self.forward(validate.array("X_t", X_t)[None], state)[1]
+        place = validate.kernels_place(library_of(self.params["W_hh"]))
+        return self.forward(validate.array("X_t", X_t, place)[None], state)[1]
 
     def num_parameters(self) -> int:
         """Return how many numbers ``params`` holds; it does not grow with T."""
@@ -188,8 +196,20 @@ class RNN:
             return [None] * self.num_layers
         if self.num_layers == 1:
             return [h_0]
-        validate.axes("h_0", h_0, "(num_layers, n, h)", (self.num_layers, None, self.hidden_size))
+        place = validate.kernels_place(library_of(self.params["W_hh"]))
+        shape = (self.num_layers, None, self.hidden_size)
+        validate.axes("h_0", h_0, "(num_layers, n, h)", shape, place)
         return list(h_0)
+
+
+def _stacked(states: list[Floats]) -> Floats:
+    """Return the states of all layers as one array, that of one layer as it is."""
+    if len(states) == 1:
+        return states[0]
+    stacked: Floats = library_of(states[0]).empty((len(states), *states[0].shape), states[0].dtype)
+    for one, state in zip(stacked, states, strict=True):
+        one[...] = state
+    return stacked
 
 
 def _named(parameter: str, layer: int) -> str:

@@ -276,9 +276,15 @@ def dtype(name: str, value: object) -> np.dtype[Any]:
     return np.float64().dtype if found == np.float64 else np.float32().dtype
 
 
-def axes(name: str, a: object, spelled: str, expected: tuple[int | None, ...]) -> None:
+def axes(
+    name: str,
+    a: object,
+    spelled: str,
+    expected: tuple[int | None, ...],
+    place: Place = HOST,
+) -> None:
     """Raise ValueError unless ``a`` has the expected shape; None stands for any size."""
-    shape = array(name, a).shape
+    shape = array(name, a, place).shape
     if len(shape) != len(expected) or any(
         e not in (None, s) for e, s in zip(expected, shape, strict=True)
     ):

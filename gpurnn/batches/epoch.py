@@ -6,7 +6,7 @@ from typing import Any, Protocol, TypeAlias, overload
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Batch", "Epoch", "Ids", "Sampler", "check_rng", "gather", "need"]
+__all__ = ["Batch", "Epoch", "Ids", "Sampler", "Starts", "check_rng", "gather", "need"]
 
 Ids: TypeAlias = npt.NDArray[np.integer[Any]]
 """Token ids."""
@@ -15,17 +15,30 @@ Batch: TypeAlias = tuple[Ids, Ids]
 """Inputs X and targets Y, each (T, n)."""
 
 
+Starts: TypeAlias = npt.NDArray[np.intp]
+"""Positions in a text."""
+
+
 class Epoch(Sequence[Batch]):
     """One pass over the text: a sequence of batches (X, Y), each made when it is asked for.
 
     ``epoch[k]`` is batch k, always with the same content; a negative k counts from the end. A
     slice is an :class:`Epoch` again. Raises :class:`IndexError` for a batch that does not exist.
+
+    Args:
+        batch: makes batch k.
+        starts: says where batch k lies in the text: (n,) positions, those of ``X[0]``; what follows
+            them are the other time steps, and the targets.
+        numbers: those of the batches.
     """
 
-    __slots__ = ("_batch", "_numbers")
+    __slots__ = ("_batch", "_numbers", "_starts")
 
-    def __init__(self, batch: Callable[[int], Batch], numbers: range) -> None:
+    def __init__(
+        self, batch: Callable[[int], Batch], starts: Callable[[int], Starts], numbers: range
+    ) -> None:
         self._batch = batch
+        self._starts = starts
         self._numbers = numbers
 
     def __len__(self) -> int:
@@ -38,14 +51,25 @@ class Epoch(Sequence[Batch]):
     def __getitem__(self, k: int | slice) -> "Batch | Epoch":
         """Return batch ``k``, or the part of the epoch that the slice ``k`` selects."""
         if isinstance(k, slice):
-            return Epoch(self._batch, self._numbers[k])
+            return Epoch(self._batch, self._starts, self._numbers[k])
+        return self._batch(self._number(k))
+
+    def starts(self, k: int) -> Starts:
+        """Return where the examples of batch ``k`` begin in the text, (n,)."""
+        return self._starts(self._number(k))
+
+    def _number(self, k: int) -> int:
         if not -len(self) <= k < len(self):
             raise IndexError(f"batch {k} of an epoch of {len(self)} batches")
-        return self._batch(self._numbers[k])
+        return self._numbers[k]
 
 
 class Sampler(Protocol):
     """What the samplers have in common, and all that training needs to know of one."""
+
+    @property
+    def ids(self) -> Ids:
+        """The text, (N,)."""
 
     @property
     def carries_state(self) -> bool:

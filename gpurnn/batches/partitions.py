@@ -3,7 +3,7 @@
 import numpy as np
 
 from gpurnn import validate
-from gpurnn.batches.epoch import Batch, Epoch, Ids, check_rng, gather, need
+from gpurnn.batches.epoch import Batch, Epoch, Ids, Starts, check_rng, gather, need
 
 __all__ = ["RandomPartition", "SequentialPartition"]
 
@@ -23,11 +23,11 @@ class RandomPartition:
     carries_state = False
 
     def __init__(self, ids: Ids, T: int, n: int) -> None:
-        self._ids = validate.text_ids("ids", ids)
+        self.ids = validate.text_ids("ids", ids)
         self.T = validate.at_least("T", T, 1)
         self.n = validate.at_least("n", n, 1)
         need(
-            self._ids,
+            self.ids,
             (self.n + 1) * self.T,
             f"one batch of n={self.n} subsequences of T={self.T} at any offset",
             "T or n",
@@ -39,7 +39,7 @@ class RandomPartition:
         return self._num_subsequences(self.T - 1) // self.n
 
     def _num_subsequences(self, offset: int) -> int:
-        return (self._ids.size - offset - 1) // self.T
+        return (self.ids.size - offset - 1) // self.T
 
     def epoch(self, rng: np.random.Generator) -> Epoch:
         """Return the batches of one pass; draws the offset and then the order from ``rng``."""
@@ -47,10 +47,13 @@ class RandomPartition:
         offset = int(rng.integers(self.T))
         starts = offset + self.T * rng.permutation(self._num_subsequences(offset))
 
-        def batch(k: int) -> Batch:
-            return gather(self._ids, starts[k * self.n : (k + 1) * self.n], self.T)
+        def of_batch(k: int) -> Starts:
+            return starts[k * self.n : (k + 1) * self.n]
 
-        return Epoch(batch, range(starts.size // self.n))
+        def batch(k: int) -> Batch:
+            return gather(self.ids, of_batch(k), self.T)
+
+        return Epoch(batch, of_batch, range(starts.size // self.n))
 
     def config(self) -> dict[str, str | int]:
         """Return the sampler's kind and its numbers."""
@@ -73,12 +76,12 @@ class SequentialPartition:
     carries_state = True
 
     def __init__(self, ids: Ids, T: int, n: int, *, random_offset: bool = True) -> None:
-        self._ids = validate.text_ids("ids", ids)
+        self.ids = validate.text_ids("ids", ids)
         self.T = validate.at_least("T", T, 1)
         self.n = validate.at_least("n", n, 1)
         self.random_offset = bool(random_offset)
         need(
-            self._ids,
+            self.ids,
             self.n * self.T + 1 + self._largest_offset,
             f"one batch of n={self.n} streams of T={self.T}"
             + (" at any offset" if self.random_offset else ""),
@@ -95,21 +98,24 @@ class SequentialPartition:
         return self.T if self.random_offset else 0
 
     def _stream_length(self, offset: int) -> int:
-        return (self._ids.size - offset - 1) // self.n
+        return (self.ids.size - offset - 1) // self.n
 
     def epoch(self, rng: np.random.Generator) -> Epoch:
         """Return the batches of one pass; draws from ``rng`` only if the offset is random."""
         check_rng(rng)
         offset = int(rng.integers(self.T, endpoint=True)) if self.random_offset else 0
         L = self._stream_length(offset)
-        X = self._ids[offset : offset + self.n * L].reshape(self.n, L)
-        Y = self._ids[offset + 1 : offset + 1 + self.n * L].reshape(self.n, L)
+        X = self.ids[offset : offset + self.n * L].reshape(self.n, L)
+        Y = self.ids[offset + 1 : offset + 1 + self.n * L].reshape(self.n, L)
 
         def batch(k: int) -> Batch:
             steps = slice(k * self.T, (k + 1) * self.T)
             return X[:, steps].T, Y[:, steps].T
 
-        return Epoch(batch, range(L // self.T))
+        def of_batch(k: int) -> Starts:
+            return offset + k * self.T + L * np.arange(self.n)
+
+        return Epoch(batch, of_batch, range(L // self.T))
 
     def config(self) -> dict[str, str | int]:
         """Return the sampler's kind and its numbers."""

@@ -3,7 +3,7 @@
 import numpy as np
 
 from gpurnn import validate
-from gpurnn.batches.epoch import Batch, Epoch, Ids, check_rng, gather, need
+from gpurnn.batches.epoch import Batch, Epoch, Ids, Starts, check_rng, gather, need
 
 __all__ = ["Windows"]
 
@@ -36,20 +36,20 @@ class Windows:
         start: int = 0,
         count: int | None = None,
     ) -> None:
-        self._ids = validate.text_ids("ids", ids)
+        self.ids = validate.text_ids("ids", ids)
         self.T = validate.at_least("T", T, 1)
         self.n = validate.at_least("n", n, 1)
         self.shuffle = bool(shuffle)
-        need(self._ids, self.T + 1, f"one window of T={self.T} and its target", "T")
-        there = self._ids.size - self.T
+        need(self.ids, self.T + 1, f"one window of T={self.T} and its target", "T")
+        there = self.ids.size - self.T
         self.start = validate.at_least("start", start, 0)
         self.count = there - self.start if count is None else validate.at_least("count", count, 1)
         if self.count < 1 or self.start + self.count > there:
             raise ValueError(
                 f"start={self.start} and count={count} select windows that do not exist: "
-                f"{self._ids.size} tokens have {there} windows of T={self.T}"
+                f"{self.ids.size} tokens have {there} windows of T={self.T}"
             )
-        pairs = np.lib.stride_tricks.sliding_window_view(self._ids, self.T + 1)
+        pairs = np.lib.stride_tricks.sliding_window_view(self.ids, self.T + 1)
         pairs = pairs[self.start : self.start + self.count]
         self.X: Ids = pairs[:, :-1]
         self.Y: Ids = pairs[:, 1:]
@@ -66,10 +66,13 @@ class Windows:
             rng.permutation(self.count) if self.shuffle else np.arange(self.count)
         )
 
-        def batch(k: int) -> Batch:
-            return gather(self._ids, starts[k * self.n : (k + 1) * self.n], self.T)
+        def of_batch(k: int) -> Starts:
+            return starts[k * self.n : (k + 1) * self.n]
 
-        return Epoch(batch, range(self.num_batches))
+        def batch(k: int) -> Batch:
+            return gather(self.ids, of_batch(k), self.T)
+
+        return Epoch(batch, of_batch, range(self.num_batches))
 
     def config(self) -> dict[str, str | int]:
         """Return the sampler's kind and its numbers."""

@@ -5,6 +5,8 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from numpy.typing import NDArray
+
 from gpurnn.cuda.engines import Engine
 from gpurnn.cuda.specs import KernelSpec
 from gpurnn.planning import Limits
@@ -114,6 +116,10 @@ class RecordingEngine:
     def settle(self) -> None:
         """Wait for the current stream."""
         self.inner.settle()
+
+    def fetched(self, a: Any) -> NDArray[Any]:
+        """Return a copy in the host's memory."""
+        return self.inner.fetched(a)
 
     def _remember(self, queue: Callable[[], None], count: int = 1) -> None:
         queue()

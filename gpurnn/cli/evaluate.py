@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from gpurnn.cli.device import DeviceOption, placed
 from gpurnn.cli.output import mistakes, note, print_json
 from gpurnn.language_model import LanguageModel
 from gpurnn.loss import finite
@@ -26,11 +27,12 @@ def evaluate(
             "--book", help="Also the book's figure: mean of exp(batch loss), 32-step windows."
         ),
     ] = False,
+    device: DeviceOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Evaluate a model on a text: exact perplexity, each token predicted from all before it."""
     with mistakes():
-        lm = LanguageModel.load(model)
+        lm = placed(LanguageModel.load(model), device)
         if text == "-":
             corpus = decode_corpus(sys.stdin.buffer.read(), "-", "standard input")
         else:

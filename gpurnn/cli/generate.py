@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from gpurnn.cli.device import DeviceOption, placed
 from gpurnn.cli.output import mistakes, note, print_json
 from gpurnn.language_model import LanguageModel
 
@@ -26,6 +27,7 @@ def generate(
         float | None, typer.Option(help="Only the likeliest tokens, of probability p together.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="For the same text again.")] = None,
+    device: DeviceOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Continue a prefix with text that the model makes up."""
@@ -34,7 +36,7 @@ def generate(
         seed = secrets.randbits(32)
     with mistakes(), warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always", UserWarning)
-        lm = LanguageModel.load(model)
+        lm = placed(LanguageModel.load(model), device)
         text = lm.generate(
             prefix,
             n,

@@ -11,6 +11,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gpurnn import loss, validate
+from gpurnn.cli.device import DeviceOption, device_of
 from gpurnn.cli.output import FAILED, MISTAKE, err, fail, mistakes, note, print_json, reason
 from gpurnn.sampling import TokenSampler
 from gpurnn.training import (
@@ -120,6 +121,7 @@ def train(
         int | None, _option("patience", "Stop after so many epochs without improvement.")
     ] = None,
     seed: Annotated[int | None, _option("seed", "Of everything random.")] = None,
+    device: DeviceOption = "auto",
     save_every: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 15.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -136,11 +138,13 @@ def train(
         if resume_run:
             if overwrite:
                 raise ValueError("--resume goes on with a run, --overwrite replaces it: not both")
-            session = resume(out, epochs=epochs, save_every=save_every)
+            where = device_of(device)
+            session = resume(out, epochs=epochs, save_every=save_every, device=where)
             _refuse_changes(session.run.config, preset, given)
         else:
             config = _config(preset, given)
-            session = start(config, out, overwrite=overwrite, save_every=save_every)
+            where = device_of(device)
+            session = start(config, out, overwrite=overwrite, save_every=save_every, device=where)
     _announce(session)
     signal = _run(session)
     if signal is not None:

@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from gpurnn.cuda.engines import Array, GPUEngine, cupy
+from gpurnn.cuda.engines import Array, Engine, GPUEngine, cupy, current_emulation
 
-__all__ = ["on_gpu", "taken"]
+__all__ = ["beside", "engine_of", "library_of", "on_gpu", "on_host", "taken"]
 
 DLPACK_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
 
@@ -71,6 +72,33 @@ def taken(arguments: Mapping[str, object]) -> tuple[GPUEngine, dict[str, Array |
                 f"size of its {a.dtype} in bytes"
             )
     return GPUEngine(device), {name: found.get(name) for name in arguments}
+
+
+def engine_of(a: Array) -> Engine | None:
+    """Return what computes with ``a``, a NumPy or CuPy array; None is NumPy itself."""
+    if isinstance(a, np.ndarray):
+        return current_emulation()
+    return GPUEngine(a.device.id)
+
+
+def library_of(a: Array) -> Any:
+    """Return the library that made ``a``, a NumPy or CuPy array."""
+    return np if isinstance(a, np.ndarray) else cupy()
+
+
+def on_host(a: Array) -> NDArray[Any]:
+    """Return a NumPy array as it is, a CuPy array as a copy in the host's memory."""
+    if isinstance(a, np.ndarray):
+        return a
+    return GPUEngine(a.device.id).fetched(a)
+
+
+def beside(a: Array, other: Array) -> Array:
+    """Return a NumPy array ``a`` in the memory where ``other`` lies; any other as it is."""
+    if not isinstance(a, np.ndarray) or isinstance(other, np.ndarray):
+        return a
+    with other.device:
+        return cupy().asarray(a)
 
 
 def _taken(name: str, a: Any) -> Array:

@@ -11,6 +11,7 @@ from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gpurnn import compiler, planning
 from gpurnn.cuda import cublas, graphs, launching, reports
@@ -26,6 +27,7 @@ __all__ = [
     "current_emulation",
     "emulated",
     "limits_of",
+    "recording",
 ]
 
 Array = Any  # cupy.ndarray, or numpy.ndarray under the emulator
@@ -93,7 +95,10 @@ class Engine(Hashable, Protocol):
         """Allocate what a ``step_product`` works in; None if it needs nothing of the kind."""
 
     def capturing(self) -> bool:
-        """Whether the current stream is being captured: what is queued runs later, and again."""
+        """Whether the current stream is being captured, or soon will be with the same work.
+
+        What is queued then runs later, and again: it may keep nothing for another call.
+        """
 
     def replayed(
         self,
@@ -111,6 +116,9 @@ class Engine(Hashable, Protocol):
 
     def settle(self) -> None:
         """Wait until everything queued on the current stream is done."""
+
+    def fetched(self, a: Array) -> NDArray[Any]:
+        """Return a copy of an array in the host's memory, when it is there."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +201,7 @@ class GPUEngine:
         return cupy().empty(cublas.WORKSPACE, np.uint8)
 
     def capturing(self) -> bool:
-        return bool(cupy().cuda.get_current_stream().is_capturing())
+        return _recording.get() or bool(cupy().cuda.get_current_stream().is_capturing())
 
     def replayed(
         self,
@@ -207,6 +215,11 @@ class GPUEngine:
 
     def settle(self) -> None:
         cupy().cuda.get_current_stream().synchronize()
+
+    def fetched(self, a: Array) -> NDArray[Any]:
+        with self.here():
+            copied: NDArray[Any] = a.get()
+        return copied
 
 
 @cache
@@ -381,6 +394,22 @@ class EmulatedEngine:
 
     def settle(self) -> None:
         pass
+
+    def fetched(self, a: Array) -> NDArray[Any]:
+        return np.array(a)
+
+
+_recording: ContextVar[bool] = ContextVar("gpurnn_recording", default=False)
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Within this context work on a GPU is queued as if it were captured, captured or not."""
+    token = _recording.set(True)
+    try:
+        yield
+    finally:
+        _recording.reset(token)
 
 
 _emulation: ContextVar[EmulatedEngine | None] = ContextVar("gpurnn_emulation", default=None)

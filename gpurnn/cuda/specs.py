@@ -41,6 +41,10 @@ ARGUMENTS: dict[str, tuple[int | str, ...]] = {
     "layer_backward": (1, 1, 1),
     "tail_forward": ("r2", 3, 3, 1, "i"),
     "tail_backward": ("r2", 3, 3, 3, "i"),
+    "update_norm": (1, 1, 1, 1, "doubles", "doubles", "counts", "doubles"),
+    "update_apply": (1, 1, 1, 1, *["doubles"] * 4, "counts", "doubles"),
+    "take_batch": ("ids", "counts", 1, "counts", "ids", "ids", 1, "i", "i", "i"),
+    "keep_state": (1, 1, "counts"),
     "probe_launch": (),
     "probe_l2": ("report", "report", "i"),
     "probe_remote": ("report", "i"),
@@ -63,6 +67,10 @@ Kind = Literal[
     "layer_backward",
     "tail_forward",
     "tail_backward",
+    "update_norm",
+    "update_apply",
+    "take_batch",
+    "keep_state",
     "probe_launch",
     "probe_l2",
     "probe_remote",
@@ -127,7 +135,17 @@ def build(spec: KernelSpec) -> Callable[..., None]:
     """Return the kernel's Python function."""
     from numba.cuda import types
 
-    from gpurnn.kernels import activations, group, layer, probes, resident, step, tail
+    from gpurnn.kernels import (
+        activations,
+        batch,
+        group,
+        layer,
+        probes,
+        resident,
+        step,
+        tail,
+        update,
+    )
     from gpurnn.kernels.storage import STORAGES
 
     storage = STORAGES[spec.dtype]
@@ -162,6 +180,14 @@ def build(spec: KernelSpec) -> Callable[..., None]:
             made = tail.forward(pair, storage)
         case "tail_backward":
             made = tail.backward(pair, storage, scaled=spec.scaled)
+        case "update_norm":
+            made = update.norm(sizes, storage)
+        case "update_apply":
+            made = update.apply(sizes, storage)
+        case "take_batch":
+            made = batch.take()
+        case "keep_state":
+            made = batch.keep()
         case _:
             made = getattr(probes, spec.kind)
     return made

@@ -60,14 +60,16 @@ _SAMPLERS: dict[str, Callable[[Ids, int, int], Sampler]] = {
 }
 
 
-def prepare(config: TrainingConfig, corpus: Corpus | None = None) -> Run:
+def prepare(config: TrainingConfig, corpus: Corpus | None = None, *, device: str = "cpu") -> Run:
     """Load and cut the text, build vocabulary, batches, validation and the initial model.
 
-    The vocabulary is that of the whole text, as in the book.
+    The vocabulary is that of the whole text, as in the book. ``device`` is where the model is
+    trained, see ``LanguageModel.to``; the initial weights are the same everywhere.
 
     Raises:
         CorpusError: the corpus cannot be had.
-        ValueError: the text is too short for the settings.
+        ValueError: the text is too short for the settings, or the device is not there.
+        ImportError: a package that the device needs is not installed.
     """
     if corpus is None:
         corpus = load_corpus(config.corpus)
@@ -114,7 +116,7 @@ def prepare(config: TrainingConfig, corpus: Corpus | None = None) -> Run:
         dtype=np.dtype(config.dtype),
         init=config.init,
         seed=config.seed,
-    )
+    ).to(device)
     trainer = Trainer(model, sampler, config, validation)
     return Run(config, corpus, trainer, train_ids, valid_ids)
 

@@ -169,6 +169,7 @@ def start(
     *,
     overwrite: bool = False,
     save_every: float = 15.0,
+    device: str = "cpu",
 ) -> Session:
     """Prepare a new run whose model goes to ``out``.
 
@@ -186,11 +187,15 @@ def start(
                 f"{path} exists: resume that run (--resume), replace it (--overwrite), or give "
                 "another --out"
             )
-    return Session(prepare(config), files, save_every=save_every)
+    return Session(prepare(config, device=device), files, save_every=save_every)
 
 
 def resume(
-    out: str | os.PathLike[str], *, epochs: int | None = None, save_every: float = 15.0
+    out: str | os.PathLike[str],
+    *,
+    epochs: int | None = None,
+    save_every: float = 15.0,
+    device: str = "cpu",
 ) -> Session:
     """Take up the run whose model goes to ``out``, from its checkpoint.
 
@@ -198,6 +203,7 @@ def resume(
         out: as it was given to ``start``.
         epochs: go on to so many instead of those the run was started with. A learning rate that
             falls over the run then falls over the new length.
+        device: where to go on, see ``prepare``; it may be another one than before.
 
     Raises:
         CheckpointError: there is no checkpoint, it is damaged, or the text is no longer the same.
@@ -223,6 +229,6 @@ def resume(
             f"{files.training} was trained on a text with sha256 {before}, but "
             f"{corpus.name} ({corpus.origin}) now has {corpus.sha256}"
         )
-    run = prepare(config, corpus)
+    run = prepare(config, corpus, device=device)
     run.trainer.restore(contents)
     return Session(run, files, save_every=save_every)

@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpurnn import checkpoint
-from gpurnn.batches import Sampler
+from gpurnn import checkpoint, philox
+from gpurnn.batches import Epoch, Sampler
+from gpurnn.cuda.arrays import beside, engine_of, on_host
 from gpurnn.language_model import LanguageModel
-from gpurnn.optimizers import clip_global_norm, make_optimizer, scheduled
+from gpurnn.optimizers import make_optimizer, scheduled
 from gpurnn.training.config import TrainingConfig
+from gpurnn.training.device import DeviceSteps
+from gpurnn.training.steps import HostSteps, Plan, Steps, Update
 from gpurnn.training.validation import Losses, Validation
 from gpurnn.validate import NonFiniteError
 
@@ -61,6 +64,9 @@ class Trainer:
     One seed determines everything: the same arguments give the same bits on the same machine,
     with the same number of BLAS threads, with however many interruptions between ``contents`` and
     ``restore``. Only the seconds and tokens per second in the history differ.
+
+    Where the model's parameters lie decides what computes: on a GPU a step is a CUDA graph, and
+    everything it needs lies there (``gpurnn.training.device``).
     """
 
     def __init__(
@@ -82,11 +88,31 @@ class Trainer:
         )
         batches, noise = np.random.SeedSequence(config.seed).spawn(2)
         self._batch_rng = np.random.Generator(np.random.PCG64(batches))
-        self._noise_rng = np.random.Generator(np.random.PCG64(noise))
+        self._noise = int(noise.generate_state(1, np.uint64)[0])  # seed of what has no state
         self._epoch_rng_state = self._batch_rng.bit_generator.state  # before the epoch's draw
-        self._hidden: Floats | None = None  # carried from batch to batch
+        self._steps = self._make_steps()
         self._best: dict[str, Floats] = {}
         self.progress = _Progress()
+
+    def _make_steps(self) -> Steps:
+        engine = engine_of(self.model.params["W_hq"])
+        if engine is None:
+            return HostSteps(
+                self.model,
+                self.optimizer,
+                self.config.clip,
+                self._noise,
+                carries_state=self.sampler.carries_state,
+            )
+        return DeviceSteps(
+            engine,
+            self.model,
+            self.sampler,
+            self.optimizer,
+            self.config.optimizer,
+            self.config.clip,
+            self._noise,
+        )
 
     @property
     def history(self) -> list[Record]:
@@ -116,7 +142,8 @@ class Trainer:
         """Train until finished.
 
         Args:
-            on_step: called after every update; returning False pauses the run there.
+            on_step: called after every update (on a GPU after some of them, when their results
+                have come); returning False pauses the run there.
             on_epoch: called after every epoch with its record.
 
         Returns:
@@ -131,50 +158,52 @@ class Trainer:
             started = time.perf_counter()
             if p.batch == 0:
                 self._epoch_rng_state = self._batch_rng.bit_generator.state
-                self._hidden = None
+                self._steps.hidden = None
             else:  # in the middle of an epoch: draw it again
                 self._batch_rng.bit_generator.state = self._epoch_rng_state
             batches = self.sampler.epoch(self._batch_rng)
-            total = max(self.config.epochs * len(batches), 1)
-            for X, Y in batches[p.batch :]:
-                self._update(X, Y, total)
+            self._steps.begin(self._plan(batches))
+            while self._made(self._steps.advance):
                 now = time.perf_counter()
                 p.epoch_seconds += now - started
                 started = now
                 if not on_step():
+                    self._made(self._steps.finish)
                     return False
                 started = time.perf_counter()  # what on_step did is not training
             on_epoch(self._end_epoch())
         return True
 
-    def _update(self, X: NDArray[Any], Y: NDArray[Any], total: int) -> None:
-        p, c = self.progress, self.config
-        lr = self._lr(p.step, total)
-        noise = self._noise_rng.bit_generator.state
+    def _plan(self, batches: Epoch) -> Plan:
+        p = self.progress
+        total = max(self.config.epochs * len(batches), 1)
+        dtype = self.model.rnn.dtype
+        return Plan(
+            batches,
+            p.batch,
+            p.step,
+            lambda update: self._lr(update, total),
+            lambda update: self._truncation(self.sampler.T, dtype, update),
+        )
+
+    def _made(self, steps: Callable[[], list[Update]]) -> list[Update]:
+        """Count the updates that ``steps`` says have been made."""
         try:
-            loss, grads, hidden = self.model.loss_and_gradients(
-                X,
-                Y,
-                self._hidden,
-                xi=self._truncation(len(X), self.model.rnn.dtype),
-                rng=self._noise_rng if c.dropout else None,
-            )
-            norm = clip_global_norm(grads, c.clip)
-            if math.isfinite(loss) and math.isfinite(norm):
-                self.optimizer.step(self.model.params, grads, lr)
-            else:
-                raise NonFiniteError(f"the loss is {loss}, the gradient's norm {norm}")
-        except NonFiniteError as e:  # as if the update had not been tried
-            self._noise_rng.bit_generator.state = noise
-            raise self._diverged(p.step + 1, str(e)) from e
-        if self.sampler.carries_state:
-            self._hidden = hidden
-        p.batch += 1
-        p.step += 1
-        p.losses.append(loss)
-        p.tokens.append(Y.size)
-        p.epoch_tokens += Y.size
-        p.largest_norm = max(p.largest_norm, norm)
+            made = steps()
+        except NonFiniteError as e:
+            raise self._diverged(self.progress.step + 1, str(e)) from e
+        self._count(made)
+        return made
+
+    def _count(self, made: list[Update]) -> None:
+        p = self.progress
+        for loss, norm, tokens in made:
+            p.batch += 1
+            p.step += 1
+            p.losses.append(loss)
+            p.tokens.append(tokens)
+            p.epoch_tokens += tokens
+            p.largest_norm = max(p.largest_norm, norm)
 
     def _lr(self, step: int, total: int) -> float:
         """The learning rate of one of ``total`` updates."""
@@ -182,7 +211,7 @@ class Trainer:
         warmup = min(DEFAULT_WARMUP, total // 10) if c.warmup is None else c.warmup
         return scheduled(c.lr, c.schedule, step, total, warmup)
 
-    def _truncation(self, T: int, dtype: np.dtype[Any]) -> Floats | None:
+    def _truncation(self, T: int, dtype: np.dtype[Any], update: int) -> Floats | None:
         tau = self.config.tau
         if tau is None:
             return None
@@ -191,7 +220,8 @@ class Trainer:
             xi[::tau] = 0
         else:
             pi = 1 - 1 / tau
-            xi[:] = np.where(self._noise_rng.random(T) < pi, 1 / pi, 0)
+            drawn = philox.words(self._noise, np.arange(T), 0, update, philox.CUTS)[:, 0]
+            xi[:] = np.where(philox.uniform(drawn) < pi, 1 / pi, 0)
         return xi
 
     def _diverged(self, update: int, what: str) -> TrainingDiverged:
@@ -235,7 +265,7 @@ class Trainer:
         elif p.best_loss is None or valid.mean < p.best_loss:
             p.best_loss, p.best_epoch = valid.mean, p.epoch
         if p.best_epoch == p.epoch:
-            self._best = {name: a.copy() for name, a in self.model.params.items()}
+            self._best = {name: on_host(a).copy() for name, a in self.model.params.items()}
         p.history.append(record)
         p.batch, p.losses, p.tokens = 0, [], []
         p.largest_norm, p.epoch_seconds, p.epoch_tokens = 0.0, 0.0, 0
@@ -244,15 +274,18 @@ class Trainer:
     def keep_best(self) -> None:
         """Copy the best parameters into the model: after the run, not to be trained further."""
         for name, a in self.best.items():
-            self.model.params[name][...] = a
+            own = self.model.params[name]
+            own[...] = beside(a, own)
 
     def contents(self) -> checkpoint.Contents:
         """Return a copy of the whole state of the run, to be written to a file."""
-        arrays: dict[str, Floats] = {f"model.{k}": a for k, a in self.model.params.items()}
+        self._made(self._steps.finish)
+        arrays: dict[str, Floats] = {f"model.{k}": on_host(a) for k, a in self.model.params.items()}
         arrays |= {f"best.{k}": a for k, a in self._best.items()}
-        arrays |= {f"optimizer.{k}": a for k, a in self.optimizer.state.items()}
-        if self._hidden is not None:
-            arrays["state.hidden"] = self._hidden
+        arrays |= {f"optimizer.{k}": a for k, a in self._steps.state().items()}
+        hidden = self._steps.hidden
+        if hidden is not None:
+            arrays["state.hidden"] = hidden
         document = {
             "config": self.config.as_json(),
             "model": self.model.config(),
@@ -261,7 +294,6 @@ class Trainer:
             "random": {
                 "epoch": self._epoch_rng_state,
                 "batches": self._batch_rng.bit_generator.state,
-                "noise": self._noise_rng.bit_generator.state,
             },
         }
         return checkpoint.Contents("training", {k: a.copy() for k, a in arrays.items()}, document)
@@ -292,22 +324,22 @@ class Trainer:
         params, best = _part(arrays, "model."), _part(arrays, "best.")
         state, hidden = _part(arrays, "optimizer."), arrays.get("state.hidden")
         expected = _layout(dict(self.model.params))
-        if _layout(state) != _layout(self.optimizer.state):
+        if _layout(state) != _layout(self._steps.state()):
             raise checkpoint.CheckpointError(
                 "the checkpoint's optimizer state does not fit this run"
             )
         fits = _layout(best) == (expected if progress.history else {})
         if hidden is not None:
-            zero = self.model.init_state(self.sampler.n)
+            zero = on_host(self.model.init_state(self.sampler.n))
             fits &= self.sampler.carries_state and _layout({"": hidden}) == _layout({"": zero})
         if not fits:
             raise checkpoint.CheckpointError("the checkpoint's arrays do not fit this run")
         random = document["random"]
         self._batch_rng.bit_generator.state = random["batches"]
-        self._noise_rng.bit_generator.state = random["noise"]
         self._epoch_rng_state = random["epoch"]
         self.model.load_params(params)
-        self._best, self.optimizer.state, self._hidden = best, state, hidden
+        self._steps.load_state(state)
+        self._best, self._steps.hidden = best, hidden
         self.progress = progress
 
 

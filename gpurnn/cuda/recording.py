@@ -1,0 +1,112 @@
+"""Work that is done again and again: queued once as it is, captured the second time, then replayed.
+
+A recorder has a stream and, on a GPU, memory of its own, which only what it records allocates from:
+so the addresses in a graph stay good as long as the recorder lives. The first time does what the
+capture will do, by the same products: it compiles and loads, and leaves in the pool what the
+capture then takes out of it.
+"""
+
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpurnn.cuda.engines import Array, Engine, GPUEngine, cupy, recording
+
+__all__ = ["Recorder", "recorder"]
+
+Read = Callable[[], NDArray[Any]]
+
+
+class Recorder(Protocol):
+    """Where work is queued that will be done again."""
+
+    def again(self, key: Hashable, run: Callable[[], None]) -> None:
+        """Queue what ``run`` queues, which for one ``key`` is always the same, on the same arrays.
+
+        What it allocates may be used until the next call, and by what is queued before that.
+        """
+
+    def read(self, a: Array) -> Read:
+        """Queue a copy to the host; the function that comes back waits for it and returns it."""
+
+    def settle(self) -> None:
+        """Wait until all that was queued is done."""
+
+
+def recorder(engine: Engine) -> Recorder:
+    """Return a new recorder for work on an engine; it is made when the engine has settled."""
+    engine.settle()
+    return _Graphs(engine) if isinstance(engine, GPUEngine) else _Repeats()
+
+
+class _Repeats:
+    """The emulator's: everything is done at once."""
+
+    def again(self, key: Hashable, run: Callable[[], None]) -> None:
+        run()
+
+    def read(self, a: Array) -> Read:
+        copied = np.array(a)
+        return lambda: copied
+
+    def settle(self) -> None:
+        pass
+
+
+class _Graphs:
+    """A GPU's: CUDA graphs, on a stream that waits for no other."""
+
+    def __init__(self, engine: GPUEngine) -> None:
+        self._engine = engine
+        self._done_once: set[Hashable] = set()
+        self._graphs: dict[Hashable, Any] = {}
+        with engine.here():
+            self._stream = cupy().cuda.Stream(non_blocking=True)
+            self._pool = cupy().cuda.MemoryPool()
+
+    @contextmanager
+    def _here(self) -> Iterator[None]:
+        with self._engine.here(), self._stream, recording():
+            yield
+
+    def again(self, key: Hashable, run: Callable[[], None]) -> None:
+        with self._here():
+            graph = self._graphs.get(key)
+            if graph is None:
+                with cupy().cuda.using_allocator(self._pool.malloc):
+                    if key not in self._done_once:
+                        run()
+                        self._done_once.add(key)
+                        return
+                    graph = self._graphs[key] = self._captured(run)
+            graph.launch(stream=self._stream)
+
+    def _captured(self, run: Callable[[], None]) -> Any:
+        self._stream.begin_capture()
+        try:
+            run()
+        except BaseException:
+            with suppress(Exception):  # it is void, and what made it so is the error to be seen
+                self._stream.end_capture()
+            raise
+        return self._stream.end_capture()
+
+    def read(self, a: Array) -> Read:
+        with self._here():
+            copied = cupy().cuda.alloc_pinned_memory(a.nbytes)
+            out = np.frombuffer(copied, a.dtype, a.size).reshape(a.shape)
+            a.get(stream=self._stream, out=out, blocking=False)
+            done = cupy().cuda.Event(disable_timing=True)
+            done.record(self._stream)
+
+        def finished() -> NDArray[Any]:
+            done.synchronize()
+            return out
+
+        return finished
+
+    def settle(self) -> None:
+        self._stream.synchronize()
