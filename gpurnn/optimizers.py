@@ -2,6 +2,9 @@
 
 An optimizer updates parameters in place and keeps its own arrays in ``state``, by name, so that a
 checkpoint can hold them. θ are the parameters, g the gradients, η the learning rate.
+
+Arrays on a GPU (CuPy's) are updated there, all in two launches, by the same arithmetic; each call
+waits for its outcome. ``training.Trainer`` on a GPU does not wait.
 """
 
 import math
@@ -12,6 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpurnn import validate
+from gpurnn.cuda import optimizing
+from gpurnn.cuda.arrays import engine_of
+from gpurnn.slots import Settings
 
 __all__ = [
     "OPTIMIZERS",
@@ -36,7 +42,17 @@ SCHEDULES = ("constant", "linear", "cosine")
 class Optimizer(Protocol):
     """What training needs of an optimizer."""
 
+    name: str
+    memory: tuple[str, ...]
+    """What it remembers of each parameter: ``state`` has "m.W_hh" for "m" of W_hh."""
     state: dict[str, Floats]
+
+    @property
+    def settings(self) -> dict[int, float]:
+        """Its numbers, by their place in ``slots.Settings``."""
+
+    def rates(self, lr: float, update: int) -> tuple[float, ...]:
+        """Return the row of ``slots.Rates`` of an update, counted from 1."""
 
     def step(self, params: Params, grads: Params, lr: float) -> None:
         """Update every parameter in place from its gradient, with learning rate ``lr``.
@@ -49,11 +65,25 @@ class Optimizer(Protocol):
 class SGD:
     """θ ← θ − η g (*Dive into Deep Learning* 12.4)."""
 
+    name: str = "sgd"
+    memory: tuple[str, ...] = ()
+
     def __init__(self) -> None:
         self.state: dict[str, Floats] = {}
 
+    @property
+    def settings(self) -> dict[int, float]:
+        """See ``Optimizer.settings``."""
+        return {}
+
+    def rates(self, lr: float, update: int) -> tuple[float, ...]:
+        """See ``Optimizer.rates``."""
+        return lr, 1.0, 1.0
+
     def step(self, params: Params, grads: Params, lr: float) -> None:
         """Update ``params`` in place; see ``Optimizer.step``."""
+        if _on_device(self, params, grads, self.rates(lr, 1)):
+            return
         with np.errstate(all="ignore"):
             _write({name: (p, p - lr * grads[name]) for name, p in params.items()})
 
@@ -61,14 +91,28 @@ class SGD:
 class Momentum:
     """v ← μ v + g, θ ← θ − η v (*Dive into Deep Learning* 12.6)."""
 
+    name: str = "momentum"
+    memory: tuple[str, ...] = ("v",)
+
     def __init__(self, params: Params, momentum: float = 0.9) -> None:
         self.momentum = validate.number(
             "momentum", momentum, "a number in [0, 1)", lambda x: 0 <= x < 1
         )
         self.state = {f"v.{name}": np.zeros_like(p) for name, p in params.items()}
 
+    @property
+    def settings(self) -> dict[int, float]:
+        """See ``Optimizer.settings``."""
+        return {Settings.MOMENTUM: self.momentum}
+
+    def rates(self, lr: float, update: int) -> tuple[float, ...]:
+        """See ``Optimizer.rates``."""
+        return lr, 1.0, 1.0
+
     def step(self, params: Params, grads: Params, lr: float) -> None:
         """Update ``params`` in place; see ``Optimizer.step``."""
+        if _on_device(self, params, grads, self.rates(lr, 1)):
+            return
         changes: Changes = {}
         with np.errstate(all="ignore"):
             for name, p in params.items():
@@ -85,6 +129,9 @@ class AdamW:
     m ← β₁ m + (1 − β₁) g, v ← β₂ v + (1 − β₂) g², θ ← θ − η (λ θ + m̂ / (√v̂ + ε)), where m̂ and v̂
     are m and v over 1 − βᵗ at update t. Every parameter decays alike.
     """
+
+    name: str = "adamw"
+    memory: tuple[str, ...] = ("m", "v")
 
     def __init__(
         self,
@@ -103,11 +150,29 @@ class AdamW:
         self.state |= {f"v.{name}": np.zeros_like(p) for name, p in params.items()}
         self.state["updates"] = np.zeros(1, np.int64)
 
+    @property
+    def settings(self) -> dict[int, float]:
+        """See ``Optimizer.settings``."""
+        return {
+            Settings.BETA_1: self.betas[0],
+            Settings.BETA_2: self.betas[1],
+            Settings.EPS: self.eps,
+            Settings.WEIGHT_DECAY: self.weight_decay,
+        }
+
+    def rates(self, lr: float, update: int) -> tuple[float, ...]:
+        """See ``Optimizer.rates``."""
+        return lr, *(1 - beta**update for beta in self.betas)
+
     def step(self, params: Params, grads: Params, lr: float) -> None:
         """Update ``params`` in place; see ``Optimizer.step``."""
         updates = self.state["updates"] + 1
+        rates = self.rates(lr, int(updates[0]))
+        if _on_device(self, params, grads, rates):
+            self.state["updates"][...] = updates
+            return
         changes: Changes = {"updates": (self.state["updates"], updates)}
-        correction_1, correction_2 = (1 - beta ** int(updates[0]) for beta in self.betas)
+        _, correction_1, correction_2 = rates
         with np.errstate(all="ignore"):
             for name, p in params.items():
                 m, v, g = self.state[f"m.{name}"], self.state[f"v.{name}"], grads[name]
@@ -123,6 +188,30 @@ class AdamW:
                 changes[f"v.{name}"] = v, v_next
                 changes[name] = p, p - update
         _write(changes)
+
+
+def _on_device(
+    optimizer: Optimizer, params: Params, grads: Params, rates: tuple[float, ...]
+) -> bool:
+    """Make the update where the parameters lie, if that is on a GPU; return whether it is.
+
+    Raises:
+        NonFiniteError: a value would overflow; then nothing has been changed.
+    """
+    engine = None if not params else engine_of(next(iter(params.values())))
+    if engine is None:
+        return False
+    memory = {
+        part: {name: optimizer.state[f"{part}.{name}"] for name in params}
+        for part in optimizer.memory
+    }
+    if not optimizing.step(
+        engine, optimizer.name, memory, params, grads, rates, optimizer.settings
+    ):
+        raise validate.NonFiniteError(
+            "a gradient is not finite, or a parameter would not be: expected finite values"
+        )
+    return True
 
 
 def _write(changes: Changes) -> None:
@@ -156,9 +245,13 @@ def clip_global_norm(grads: Params, max_norm: float | None = None) -> float:
     Returns the norm before: √ of the sum of all squares, added in float64. With ``max_norm`` None
     nothing is scaled.
     """
-    with np.errstate(over="ignore"):  # beyond 1e154 a square is infinite, and so is the norm
-        squares = [float(np.sum(np.square(g, dtype=np.float64))) for g in grads.values()]
-    norm = math.sqrt(sum(squares))
+    engine = None if not grads else engine_of(next(iter(grads.values())))
+    if engine is not None:
+        norm = optimizing.global_norm(engine, grads)
+    else:
+        with np.errstate(over="ignore"):  # beyond 1e154 a square is infinite, and so is the norm
+            squares = [float(np.sum(np.square(g, dtype=np.float64))) for g in grads.values()]
+        norm = math.sqrt(sum(squares))
     if max_norm is not None and math.isfinite(norm) and norm > max_norm:
         for g in grads.values():
             g *= max_norm / norm

@@ -79,22 +79,29 @@ def test_without_validation_the_model_is_that_of_the_last_whole_epoch(
         assert np.array_equal(interrupted[name], a), name
 
 
-def test_failed_update_draws_nothing(config: TrainingConfig, out: Path) -> None:
+def test_failed_update_is_as_if_it_had_not_been_tried(
+    config: TrainingConfig, out: Path, tmp_path: Path
+) -> None:
     session = start(config, out)
     trainer = session.run.trainer
     inner = session.run.model.loss_and_gradients
-    noise: list[Any] = []
+    calls: list[Any] = []
 
     def diverges(*args: Any, **options: Any) -> Any:
-        noise.append(trainer._noise_rng.bit_generator.state)
+        calls.append(options)
         mean, grads, state = inner(*args, **options)
-        return (mean if len(noise) < 3 else np.nan), grads, state
+        return (mean if len(calls) < 3 else np.nan), grads, state
 
     session.run.model.loss_and_gradients = diverges  # type: ignore[method-assign]
     with pytest.raises(TrainingDiverged, match="update 3"):
         session.train()
-    assert noise[1] != noise[2]  # dropout draws
-    assert trainer._noise_rng.bit_generator.state == noise[2]
+    other = start(config, tmp_path / "other.safetensors")
+    stop_at(other, 2)
+    left, expected = trainer.contents(), other.run.trainer.contents()
+    assert left.document["random"] == expected.document["random"]
+    assert left.arrays.keys() == expected.arrays.keys()
+    for name, array in left.arrays.items():
+        assert np.array_equal(array, expected.arrays[name]), name
 
 
 def test_divergence_is_told_even_if_it_cannot_be_saved(config: TrainingConfig, out: Path) -> None:
@@ -105,7 +112,7 @@ def test_divergence_is_told_even_if_it_cannot_be_saved(config: TrainingConfig, o
         session.files.training.mkdir()
         raise TrainingDiverged("gone")
 
-    session.run.trainer._update = diverges  # type: ignore[method-assign]
+    session.run.trainer._steps.advance = diverges  # type: ignore[method-assign]
     with pytest.raises(TrainingDiverged, match="gone") as caught:
         session.train()
     assert isinstance(caught.value.__cause__, SaveError)

@@ -8,13 +8,15 @@ import pytest
 from numpy.typing import NDArray
 from tolerance import assert_close, assert_same_bits
 
+import gpurnn
 from gpurnn import planning
 from gpurnn.batches import RandomPartition, SequentialPartition, Windows
 from gpurnn.cuda import update
 from gpurnn.cuda.engines import EmulatedEngine
+from gpurnn.cuda.optimizing import settings_array
 from gpurnn.optimizers import OPTIMIZERS, Optimizer, clip_global_norm, make_optimizer
 from gpurnn.slots import Counts, Rates, Record
-from gpurnn.training.device import NAMES, _settings
+from gpurnn.validate import NonFiniteError
 
 Array = NDArray[Any]
 
@@ -50,20 +52,19 @@ class Device:
         seed: int | None = None,
     ) -> None:
         self.name, self.engine = name, engine(seed)
-        many = [theta.size if part in NAMES[name] else 1 for part in ("m", "v")]
+        optimizer = build(name, {"a": theta})
+        many = [theta.size if part in optimizer.memory else 1 for part in ("m", "v")]
         self.flat = update.Flat(
             theta.copy(),
             np.full(theta.size, np.nan, theta.dtype),
             *(np.zeros(size, theta.dtype) for size in many),
         )
-        optimizer = build(name, {"a": theta})
         rates = np.ones((steps, Rates.SIZE))
         for step in range(steps):
-            betas = getattr(optimizer, "betas", (0, 0))
-            rates[step] = [rate(step), *(1 - beta ** (step + 1) for beta in betas)]
+            rates[step] = optimizer.rates(rate(step), step + 1)
         self.scalars = update.Scalars(
             rates.reshape(-1),
-            _settings(optimizer, clip),
+            settings_array(optimizer.settings, clip),
             np.zeros(Counts.SIZE, np.int64),
             np.full(steps * Record.SIZE, np.nan),
         )
@@ -107,7 +108,7 @@ def test_updates_are_those_of_numpy(name: str, dtype: Any, size: int, clip: floa
         assert (loss, refused) == (2.0 + step, 0)
         assert norm == pytest.approx(expected, rel=1e-14)
     assert_close("theta", device.flat.theta, exact["a"], length=4 * STEPS, baseline=params["a"])
-    for part in NAMES[name]:
+    for part in truth.memory:
         found, expected_part = getattr(device.flat, part), truth.state[f"{part}.a"]
         assert_close(part, found, expected_part, length=STEPS, baseline=ours.state[f"{part}.a"])
     assert device.scalars.counts[Counts.NEXT_BATCH] == STEPS
@@ -209,3 +210,60 @@ def test_a_state_is_kept_unless_the_update_was_refused(refused: int) -> None:
     counts[Counts.NEXT_STOPPED] = refused
     update.keep_state(engine(), source, target.reshape(2, 150), counts)
     assert_same_bits("state", target, before if refused else source.reshape(-1))
+
+
+SHAPES = {"W_xh": (3, 4), "W_hh": (4, 4), "b_h": (4,), "scalar": (1,)}
+
+
+def arrays(seed: int, dtype: Any) -> dict[str, Array]:
+    rng = np.random.default_rng(seed)
+    return {name: rng.standard_normal(shape).astype(dtype) for name, shape in SHAPES.items()}
+
+
+@each_optimizer
+@each_dtype
+def test_optimizers_step_on_kernels_as_on_numpy(name: str, dtype: Any) -> None:
+    params, expected = arrays(0, dtype), arrays(0, dtype)
+    exact = {key: a.astype(np.float64) for key, a in expected.items()}
+    ours, theirs, truth = build(name, params), build(name, expected), build(name, exact)
+    for step in range(STEPS):
+        grads = arrays(1 + step, dtype)
+        theirs.step(expected, grads, rate(step))
+        truth.step(exact, {k: g.astype(np.float64) for k, g in grads.items()}, rate(step))
+        with gpurnn.emulated():
+            ours.step(params, grads, rate(step))
+        assert_same_bits("gradients", grads["W_hh"], arrays(1 + step, dtype)["W_hh"])
+    for key, a in exact.items():
+        assert_close(key, params[key], a, length=4 * STEPS, baseline=expected[key])
+    assert ours.state.keys() == theirs.state.keys()
+    for key, a in truth.state.items():
+        if key == "updates":
+            assert ours.state[key] == a
+        else:
+            assert_close(key, ours.state[key], a, length=STEPS, baseline=theirs.state[key])
+
+
+@each_optimizer
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_is_refused(name: str, bad: float) -> None:
+    params = arrays(0, np.float32)
+    optimizer, grads = build(name, params), arrays(1, np.float32)
+    grads["W_hh"][1, 2] = bad
+    state = {key: a.copy() for key, a in optimizer.state.items()}
+    with gpurnn.emulated(), pytest.raises(NonFiniteError, match="a gradient is not finite"):
+        optimizer.step(params, grads, 0.1)
+    for key, a in arrays(0, np.float32).items():
+        assert_same_bits(key, params[key], a)
+    for key, a in state.items():
+        assert_same_bits(key, optimizer.state[key], a)
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.5, 100.0])
+def test_clipping_on_kernels_is_that_of_numpy(max_norm: float | None) -> None:
+    grads, expected = arrays(0, np.float32), arrays(0, np.float32)
+    norm = clip_global_norm(expected, max_norm)
+    with gpurnn.emulated():
+        found = clip_global_norm(grads, max_norm)
+    assert found == pytest.approx(norm, rel=1e-14)
+    for key, a in expected.items():
+        np.testing.assert_allclose(grads[key], a, rtol=1e-6)

@@ -10,7 +10,7 @@ from gpurnn.cuda.specs import KernelSpec, Kind
 from gpurnn.planning import dtype_name
 from gpurnn.slots import Updating
 
-__all__ = ["Flat", "Scalars", "keep_state", "partial_sums", "take_batch", "update"]
+__all__ = ["Flat", "Scalars", "keep_state", "norm", "partial_sums", "take_batch", "update"]
 
 THREADS = 256
 NUMBERS_A_BLOCK = 4 * THREADS  # of a parameter, that are worth a block
@@ -51,20 +51,33 @@ def update(
     ``loss`` is the step's, float64 (1,): an update is refused where it is not finite. ``partials``
     is a float64 array of ``partial_sums``.
     """
-    sizes = Updating(optimizer)
-    grid = len(partials) // 2, 1, 1
     rates, settings, counts, record = scalars
-    engine.launch(
-        _spec("update_norm", flat.theta, sizes),
-        grid,
-        (sizes.threads, 1, 1),
-        (*flat, rates, settings, counts, partials),
-    )
+    norm(engine, optimizer, flat, partials, rates, settings, counts)
+    sizes = Updating(optimizer)
     engine.launch(
         _spec("update_apply", flat.theta, sizes),
-        grid,
+        (len(partials) // 2, 1, 1),
         (sizes.threads, 1, 1),
         (*flat, loss, partials, rates, settings, counts, record),
+    )
+
+
+def norm(
+    engine: Engine,
+    optimizer: str,
+    flat: Flat,
+    partials: Array,
+    rates: Array,
+    settings: Array,
+    counts: Array,
+) -> None:
+    """Add up the squares of all gradients, a part a block: the first half of ``update``."""
+    sizes = Updating(optimizer)
+    engine.launch(
+        _spec("update_norm", flat.theta, sizes),
+        (len(partials) // 2, 1, 1),
+        (sizes.threads, 1, 1),
+        (*flat, rates, settings, counts, partials),
     )
 
 

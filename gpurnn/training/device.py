@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpurnn.batches import Sampler
-from gpurnn.cuda import update
+from gpurnn.cuda import optimizing, update
 from gpurnn.cuda.engines import Array, Engine
 from gpurnn.cuda.recording import Read, recorder
 from gpurnn.language_model import LanguageModel
-from gpurnn.optimizers import AdamW, Momentum, Optimizer
-from gpurnn.slots import Counts, Rates, Record, Settings
+from gpurnn.optimizers import Optimizer
+from gpurnn.slots import Counts, Rates, Record
 from gpurnn.training.steps import Plan, Refused, Update
 
 __all__ = ["CHUNK", "DeviceSteps"]
@@ -30,9 +30,6 @@ Floats = NDArray[Any]
 CHUNK = 16
 """Steps whose results the host reads at once; it knows of a signal, or of a loss that is not
 finite, up to twice as many steps later."""
-
-NAMES = {"sgd": (), "momentum": ("v",), "adamw": ("m", "v")}
-"""What an optimizer remembers of each parameter."""
 
 
 class DeviceSteps:
@@ -48,18 +45,17 @@ class DeviceSteps:
         model: LanguageModel,
         sampler: Sampler,
         optimizer: Optimizer,
-        name: str,
         clip: float | None,
         seed: int,
     ) -> None:
         self._engine, self._model, self._sampler = engine, model, sampler
-        self._optimizer, self._name, self._seed = optimizer, name, seed
+        self._optimizer, self._seed = optimizer, seed
         self._kept: dict[str, Floats] = dict(optimizer.state)  # all but what is on the device
         with engine.here():
             xp, dtype = engine.xp, model.rnn.dtype
             params = model.params
             size = model.num_parameters()
-            many = [size if part in NAMES[name] else 1 for part in ("m", "v")]
+            many = [size if part in optimizer.memory else 1 for part in ("m", "v")]
             self._flat = update.Flat(
                 xp.zeros(size, dtype), xp.zeros(size, dtype), *(xp.zeros(s, dtype) for s in many)
             )
@@ -68,7 +64,7 @@ class DeviceSteps:
                 view[...] = params[parameter]
             model.use_params(self._views["theta"])
             self._partials = xp.zeros(update.partial_sums(size), np.float64)
-            self._settings = xp.asarray(_settings(optimizer, clip))
+            self._settings = xp.asarray(optimizing.settings_array(optimizer.settings, clip))
             self._counts = xp.zeros(Counts.SIZE, np.int64)
             self._text = xp.asarray(np.asarray(sampler.ids, np.int32))
             n = sampler.n
@@ -110,11 +106,8 @@ class DeviceSteps:
         factors = []
         for b in range(plan.first, len(batches)):
             number = plan.update + b - plan.first
-            rates[b, Rates.LR] = plan.lr(number)
-            if isinstance(self._optimizer, AdamW):
-                done = self._updates() + b - plan.first + 1
-                betas = self._optimizer.betas
-                rates[b, Rates.CORRECTION_1 :] = [1 - beta**done for beta in betas]
+            done = self._updates() + b - plan.first
+            rates[b] = self._optimizer.rates(plan.lr(number), done + 1)
             factors.append(plan.xi(number))
         xi = np.zeros(0, self._model.rnn.dtype)
         if factors and factors[0] is not None:
@@ -150,7 +143,7 @@ class DeviceSteps:
         """See ``steps.Steps``."""
         self._recorder.settle()
         state = dict(self._kept)
-        for part in NAMES[self._name]:
+        for part in self._optimizer.memory:
             for parameter, view in self._views[part].items():
                 state[f"{part}.{parameter}"] = self._engine.fetched(view)
         return state
@@ -158,7 +151,7 @@ class DeviceSteps:
     def load_state(self, state: Mapping[str, Floats]) -> None:
         """See ``steps.Steps``."""
         with self._engine.here():
-            for part in NAMES[self._name]:
+            for part in self._optimizer.memory:
                 for parameter, view in self._views[part].items():
                     view[...] = self._engine.xp.asarray(state[f"{part}.{parameter}"])
             self._engine.settle()
@@ -254,7 +247,7 @@ class DeviceSteps:
             for parameter, view in self._views["grads"].items():
                 view[...] = grads[parameter]
             loss = engine.xp.asarray(loss).reshape(1)
-            update.update(engine, self._name, self._flat, loss, self._partials, scalars)
+            update.update(engine, self._optimizer.name, self._flat, loss, self._partials, scalars)
             if carries:
                 update.keep_state(engine, after, self._hidden, self._counts)
 
@@ -276,16 +269,3 @@ def _views(flat: Array, params: Mapping[str, Floats]) -> dict[str, Array]:
         views[name] = flat[begin : begin + p.size].reshape(p.shape)
         begin += p.size
     return views
-
-
-def _settings(optimizer: Optimizer, clip: float | None) -> Floats:
-    settings = np.zeros(Settings.SIZE)
-    settings[Settings.MAX_NORM] = math.inf if clip is None else clip
-    settings[Settings.EPS] = 1.0
-    if isinstance(optimizer, Momentum):
-        settings[Settings.MOMENTUM] = optimizer.momentum
-    if isinstance(optimizer, AdamW):
-        settings[Settings.BETA_1], settings[Settings.BETA_2] = optimizer.betas
-        settings[Settings.EPS] = optimizer.eps
-        settings[Settings.WEIGHT_DECAY] = optimizer.weight_decay
-    return settings

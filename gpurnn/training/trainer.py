@@ -109,7 +109,6 @@ class Trainer:
             self.model,
             self.sampler,
             self.optimizer,
-            self.config.optimizer,
             self.config.clip,
             self._noise,
         )
