@@ -124,7 +124,7 @@ class LanguageModel:
         moved = {name: on_host(p) for name, p in self.params.items()}
         if engine is not None:
             with engine.here():
-                moved = {name: engine.xp.asarray(p) for name, p in moved.items()}
+                moved = {name: engine.xp.array(p) for name, p in moved.items()}
         self.use_params(moved)
         return self
 

@@ -98,7 +98,7 @@ def beside(a: Array, other: Array) -> Array:
     if not isinstance(a, np.ndarray) or isinstance(other, np.ndarray):
         return a
     with other.device:
-        return cupy().asarray(a)
+        return cupy().array(a)
 
 
 def _taken(name: str, a: Any) -> Array:

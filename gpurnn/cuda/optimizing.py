@@ -58,8 +58,8 @@ def step(
         )
         record = xp.zeros(Record.SIZE, np.float64)
         scalars = update.Scalars(
-            xp.asarray(np.array(rates, np.float64)),
-            xp.asarray(settings_array(settings, None)),
+            xp.array(np.array(rates, np.float64)),
+            xp.array(settings_array(settings, None)),
             xp.zeros(Counts.SIZE, np.int64),
             record,
         )
@@ -82,7 +82,7 @@ def global_norm(engine: Engine, grads: Arrays) -> float:
         partials = xp.zeros(update.partial_sums(flat.size), np.float64)
         counts = xp.zeros(Counts.SIZE, np.int64)
         rates = xp.zeros(Rates.SIZE, np.float64)
-        settings = xp.asarray(settings_array({}, None))
+        settings = xp.array(settings_array({}, None))
         one = xp.zeros(1, flat.dtype)
         update.norm(
             engine, "sgd", update.Flat(flat, flat, one, one), partials, rates, settings, counts

@@ -64,9 +64,9 @@ class DeviceSteps:
                 view[...] = params[parameter]
             model.use_params(self._views["theta"])
             self._partials = xp.zeros(update.partial_sums(size), np.float64)
-            self._settings = xp.asarray(optimizing.settings_array(optimizer.settings, clip))
+            self._settings = xp.array(optimizing.settings_array(optimizer.settings, clip))
             self._counts = xp.zeros(Counts.SIZE, np.int64)
-            self._text = xp.asarray(np.asarray(sampler.ids, np.int32))
+            self._text = xp.array(np.asarray(sampler.ids, np.int32))
             n = sampler.n
             self._hidden = xp.zeros((model.rnn.num_layers, n, model.rnn.hidden_size), dtype)
         self.load_state(optimizer.state)
@@ -93,7 +93,7 @@ class DeviceSteps:
             if state is None:
                 self._hidden.fill(0)
             else:
-                self._hidden[...] = self._engine.xp.asarray(state.reshape(self._hidden.shape))
+                self._hidden[...] = self._engine.xp.array(state.reshape(self._hidden.shape))
             self._engine.settle()
 
     def begin(self, plan: Plan) -> None:
@@ -122,7 +122,7 @@ class DeviceSteps:
             self._put("starts", np.concatenate(starts).astype(np.int64))
             self._put("factors", xi.reshape(-1))
             self._put("record", np.zeros(len(batches) * Record.SIZE))
-            self._counts[...] = self._engine.xp.asarray(counts)
+            self._counts[...] = self._engine.xp.array(counts)
             self._engine.settle()
 
     def advance(self) -> list[Update]:
@@ -153,7 +153,7 @@ class DeviceSteps:
         with self._engine.here():
             for part in self._optimizer.memory:
                 for parameter, view in self._views[part].items():
-                    view[...] = self._engine.xp.asarray(state[f"{part}.{parameter}"])
+                    view[...] = self._engine.xp.array(state[f"{part}.{parameter}"])
             self._engine.settle()
         if "updates" in state:
             self._kept["updates"] = np.array(state["updates"])
@@ -171,7 +171,7 @@ class DeviceSteps:
             self._tables[name] = self._engine.xp.zeros(a.size, a.dtype)
             if there is not None:
                 self._recorder = recorder(self._engine)
-        self._tables[name][: a.size] = self._engine.xp.asarray(a)
+        self._tables[name][: a.size] = self._engine.xp.array(a)
 
     def _queue_chunk(self) -> bool:
         """Queue some steps and the copy of their records; return whether there were any left."""
