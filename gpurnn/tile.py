@@ -12,13 +12,15 @@ Sizes past h are padding: weights of 0 that are never stored, in registers and s
 
 from typing import NamedTuple
 
-__all__ = ["LINE", "VECTOR", "WARP", "Share", "TensorShare", "Tile"]
+__all__ = ["ADDED_AT_ONCE", "LINE", "VECTOR", "WARP", "Scatter", "Share", "TensorShare", "Tile"]
 
 WARP = 32
 LINE = 16
 """64-bit words of a line of the L2 cache."""
 VECTOR = 4
 """Neighbouring k that a thread takes at a time: a 128-bit load of floats."""
+ADDED_AT_ONCE = 8
+"""Threads that share the adding up of one number from its parts."""
 
 
 class Tile(NamedTuple):
@@ -237,3 +239,35 @@ class TensorShare(NamedTuple):
     def shared_bytes(self) -> int:
         """Bytes of dynamic shared memory."""
         return self.itemsize * self.shared_values + 4 * self.shared_sums
+
+
+class Scatter(NamedTuple):
+    """Sizes of the kernel that adds up rows by their id.
+
+    A block has ``columns`` columns of the sums, a power of two that divides ``threads``, in as many
+    ``groups`` of threads as that leaves. A thread looks at ``loads`` ids at a time.
+    """
+
+    threads: int
+    columns: int
+    loads: int
+
+    @property
+    def groups(self) -> int:
+        """Threads that share a column."""
+        return self.threads // self.columns
+
+    @property
+    def chunk(self) -> int:
+        """Ids that a block looks at between two barriers."""
+        return self.threads * self.loads
+
+    @property
+    def room(self) -> int:
+        """Rows that its list holds, in static shared memory, 6 bytes each."""
+        return 2 * self.chunk
+
+    @property
+    def shared(self) -> int:
+        """Bytes of static shared memory: the list, and two counts of each warp."""
+        return 6 * self.room + 8 * self.threads // WARP

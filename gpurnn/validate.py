@@ -168,17 +168,24 @@ def linear_backward(
     return dO_, H_, W_hq_
 
 
-def embedding(ids: object, E: object) -> tuple[Ids, Floats]:
+def embedding(
+    ids: object, E: object, place: Place = HOST, *, check_ids: bool = True
+) -> tuple[Ids, Floats]:
     """Check the arguments of ``functional.embedding``."""
-    E_ = _floats("E", E, "(|V|, d)", 2)
-    return token_ids("ids", ids, E_.shape[0], "E"), E_
+    E_ = _floats("E", E, "(|V|, d)", 2, place=place)
+    return token_ids("ids", ids, E_.shape[0], "E", place=place, check=check_ids), E_
 
 
-def embedding_backward(dX: object, ids: object, num_rows: object) -> tuple[Floats, Ids, int]:
+def embedding_backward(
+    dX: object, ids: object, num_rows: object, place: Place = HOST, *, check_ids: bool = True
+) -> tuple[Floats, Ids, int]:
     """Check the arguments of ``functional.embedding_backward``."""
     rows = positive("num_rows", num_rows)
-    ids_ = token_ids("ids", ids, rows, "dE")
-    dX_ = _floats("dX", dX, "(…, d)", ids_.ndim + 1)
+    ids_ = token_ids("ids", ids, rows, "dE", place=place, check=check_ids)
+    for name, size in (("num_rows", rows), ("ids.size", ids_.size)):
+        if place is not HOST and size >= MOST_ROWS:
+            raise ValueError(f"{name} is {size:,}: expected less than 2³¹, as kernels count rows")
+    dX_ = _floats("dX", dX, "(…, d)", ids_.ndim + 1, place=place)
     _shape("dX", dX_, "(…, d)", (*ids_.shape, dX_.shape[-1]))
     return dX_, ids_, rows
 
@@ -308,9 +315,9 @@ def token_ids(
     place: Place = HOST,
     check: bool = True,
 ) -> Ids:
-    """Return ids in [0, size) as a C-contiguous array of the platform's index type.
+    """Return ids in [0, size) as a C-contiguous array: of the platform's index type, or int32.
 
-    For ids on a GPU this waits for it, to know their range; ``check=False`` trusts them there.
+    Kernels take int32. For ids on a GPU this waits for it, to know their range; ``check=False`` trusts them there.
     """
     ids = _integers(name, a, place)
     if ids.size and (check or place.xp is np):
@@ -322,7 +329,8 @@ def token_ids(
                 f"{name} holds the id {bad} at index {where}: {owner} has {size} {axis}, "
                 f"so ids must lie in [0, {size})"
             )
-    indices: Ids = place.xp.asarray(ids, dtype=np.intp, order="C")
+    index = np.intp if place is HOST else np.int32
+    indices: Ids = place.xp.asarray(ids, dtype=index, order="C")
     return indices  # ascontiguousarray would lift 0 axes to 1
 
 

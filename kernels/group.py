@@ -23,6 +23,7 @@ from gpurnn.kernels.exchange import exchange
 from gpurnn.kernels.part import Part
 from gpurnn.kernels.ptx import prefetch_l2
 from gpurnn.kernels.storage import Storage
+from gpurnn.kernels.tokens import source
 from gpurnn.tile import Share, TensorShare
 
 __all__ = ["backward", "forward"]
@@ -62,16 +63,18 @@ def _keep(share: Share | TensorShare, part: Part, storage: Storage) -> DeviceFun
 
 
 def forward(
-    share: Share | TensorShare, pair: Pair, storage: Storage, name: str
+    share: Share | TensorShare, pair: Pair, storage: Storage, name: str, *, by_id: bool = False
 ) -> Callable[..., None]:
     """Build ``kernel(Z, states, W_hh, b_h, words, report, T, n, row_0, patience)``.
 
+    ``by_id`` kernels take X and W_xh before the others, and W_xh[X_t] in place of Z_t.
     H_t = φ(Z_t + b_h + H_{t-1} W_hh) (9.4.5), for the rows of the batch from row_0 on, as many as
     the groups of the grid own, or up to n. ``name`` is that of the exchange.
 
     Arrays, those of sequences flat:
         Z (T · n · h): read, X_t W_xh. Where ``pair.of_output`` is false, Z_t is overwritten with
-            the whole pre-activation.
+            the whole pre-activation. ``by_id`` it is not read, and where ``pair.of_output`` not used.
+        X (T · n), W_xh (d · h): read, ids and the rows that they pick.
         states ((T + 1) · n · h): h_0, the first n · h, is read; the rest is written, H.
         W_hh (h, h), b_h (h,): read.
         words (uint64): scratch of the exchange, 0 before.
@@ -85,6 +88,7 @@ def forward(
 
     Who does what: the thread that owns a sum (``gpurnn.kernels.part``) reads the same element of
     Z_t, before the exchange of the step before, applies φ, and writes and sends the element of H_t.
+    The id that says which of W_xh that is it reads a pass earlier.
     """
     part = _part(share, storage, transposed=False)
     begin, send, post, wait = exchange(name, share, part, storage)
@@ -93,36 +97,51 @@ def forward(
     multiply, finish, result = part.multiply, part.finish, part.result
     row_of, column_of, owner = part.row, part.column, part.owner
     real, load_value, store_value, phi = storage.real, storage.load, storage.store, pair.phi
+    learn_row, number, announce = source(storage, by_id=by_id)
     keeps_z, looks_ahead = not pair.of_output, share.slice_rows <= FEW_ROWS
     stores_late = _stores_late(share, name)
     h, blocks, threads = uint32(share.h), uint32(share.blocks), uint32(share.threads)
     width, R, slice_rows = uint32(share.width), uint32(share.rows), uint32(share.slice_rows)
     several, passes = share.passes > 1, uint32(share.passes)
-    nan, zero, first, one, ahead = (
+    nan, zero, first, one, two, ahead = (
         real(float("nan")),
         real(0),
         uint32(0),
         uint32(1),
+        uint32(2),
         uint32(AHEAD),
     )
 
     @device
-    def fetch(Z, at, rows, r, column, mine, z):
+    def learn(A, of_x, rows, r, mine, ids):
+        """Fetch what is known of the thread's rows from r on; of_x is the group's first in A."""
+        for q in range(own):
+            row = r + row_of(q)
+            if mine and row < rows:
+                learn_row(ids, q, A, of_x + uint64(row))
+
+    @device
+    def fetch(A, W_xh, ids, at, rows, r, column, mine, z):
         for q in range(own):
             row, j = r + row_of(q), column + column_of(q)
             z[q] = zero
             if mine and row < rows and j < h:
-                z[q] = load_value(Z[at + uint64(row * h + j)])
+                z[q] = number(A, W_xh, ids, q, at + uint64(row * h + j), h, j)
 
     keep = _keep(share, part, storage)
 
-    def group_forward(Z, states, W_hh, b_h, words, report, T, n, row_0, patience):
+    @device
+    def body(A, W_xh, Z, states, W_hh, b_h, words, report, T, n, row_0, patience):
         v = cuda.shared.array(0, element, alignment=16)
         w = cuda.local.array(weights, weight)
         acc = cuda.local.array(sums, real)
         z = cuda.local.array(own, real)
         b = cuda.local.array(own, real)
         made = cuda.local.array(own, real)
+        ids, later = z, z
+        if by_id:  # an array that no one uses makes the compiler arrange the rest anew
+            ids = cuda.local.array(own, uint32)
+            later = cuda.local.array(own, uint32)
 
         T, patience = uint32(T), uint32(patience)
         thread = uint32(cuda.threadIdx.x)
@@ -134,7 +153,10 @@ def forward(
             rows = min(slice_rows, uint32(n) - row)
         step = uint64(n) * uint64(h)
         at = uint64(row) * uint64(h)  # of the group's first number in step t
+        batch, of_x = uint64(n), uint64(row)  # of its first row
 
+        if by_id:
+            learn(A, of_x, rows, first, mine, ids)
         load(W_hh, w, v, column)
         clear(v)
         cuda.syncthreads()
@@ -145,7 +167,13 @@ def forward(
             b[q] = zero
             if j < h:
                 b[q] = load_value(b_h[j])
-        fetch(Z, at, rows, first, column, mine, z)
+        fetch(A, W_xh, ids, at, rows, first, column, mine, z)
+        if several:
+            learn(A, of_x, rows, R, mine, ids)
+        elif one < T:
+            learn(A, of_x + batch, rows, first, mine, ids)
+        if looks_ahead and ahead < T:
+            learn(A, of_x + uint64(ahead) * batch, rows, first, mine, later)
         begin()
 
         now, t, failed = first, first, first
@@ -170,14 +198,27 @@ def forward(
                         else:
                             states[here + step] = H
                         if looks_ahead and t + ahead < T:
-                            prefetch_l2(Z, here + uint64(ahead) * step)
+                            announce(A, W_xh, later, q, here + uint64(ahead) * step, h, j)
                 if several and i + one < passes:
-                    fetch(Z, at, rows, r + R, column, mine, z)
+                    fetch(A, W_xh, ids, at, rows, r + R, column, mine, z)
+                    if i + two < passes:
+                        learn(A, of_x, rows, r + R + R, mine, ids)
+                    elif more:
+                        learn(A, of_x + batch, rows, first, mine, ids)
+                    if looks_ahead and t + ahead < T:
+                        learn(A, of_x + uint64(ahead) * batch, rows, r + R, mine, later)
             if more:
                 post(words, group)
             at += step
+            of_x += batch
             if more:
-                fetch(Z, at, rows, first, column, mine, z)
+                fetch(A, W_xh, ids, at, rows, first, column, mine, z)
+                if several:
+                    learn(A, of_x, rows, R, mine, ids)
+                elif t + two < T:
+                    learn(A, of_x + batch, rows, first, mine, ids)
+                if looks_ahead and t + ahead + one < T:
+                    learn(A, of_x + uint64(ahead) * batch, rows, first, mine, later)
             if stores_late:
                 keep(states, at, rows, column, mine, made)
             if more:
@@ -197,6 +238,18 @@ def forward(
                             Z[place_in_step] = store_value(nan)
                         states[place_in_step + step] = store_value(nan)
                 at += step
+
+    if by_id:
+
+        def group_forward_by_id(
+            X, W_xh, Z, states, W_hh, b_h, words, report, T, n, row_0, patience
+        ):
+            body(X, W_xh, Z, states, W_hh, b_h, words, report, T, n, row_0, patience)
+
+        return group_forward_by_id
+
+    def group_forward(Z, states, W_hh, b_h, words, report, T, n, row_0, patience):
+        body(Z, b_h, Z, states, W_hh, b_h, words, report, T, n, row_0, patience)
 
     return group_forward
 

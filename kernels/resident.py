@@ -18,6 +18,7 @@ from gpurnn.kernels.device import device, factor_at
 from gpurnn.kernels.product import product
 from gpurnn.kernels.ptx import prefetch_l2
 from gpurnn.kernels.storage import Storage
+from gpurnn.kernels.tokens import source
 from gpurnn.tile import Tile
 
 __all__ = ["backward", "forward"]
@@ -28,12 +29,18 @@ than a load from there, and shorter than one from memory. A step of more rows is
 """
 
 
-def forward(tile: Tile, pair: Pair, storage: Storage) -> Callable[..., None]:
+def forward(
+    tile: Tile, pair: Pair, storage: Storage, *, by_id: bool = False
+) -> Callable[..., None]:
     """Build ``kernel(Z, states, W_hh, b_h, T, n)``: H_t = φ(Z_t + b_h + H_{t-1} W_hh) (9.4.5).
+
+    ``by_id``: ``kernel(X, W_xh, Z, states, W_hh, b_h, T, n)``, with W_xh[X_t] in place of Z_t.
 
     Arrays, those of sequences flat:
         Z (T · n · h): read, X_t W_xh. Where ``pair.of_output`` is false, Z_t is overwritten with
-            the whole pre-activation, which φ′ will need.
+            the whole pre-activation, which φ′ will need. ``by_id`` it is not read, and where
+            ``pair.of_output`` not used.
+        X (T · n), W_xh (d · h): read, ids and the rows that they pick.
         states ((T + 1) · n · h): the first n · h are read, h_0; the rest is written, H.
         W_hh (h, h), b_h (h,): read.
 
@@ -43,7 +50,8 @@ def forward(tile: Tile, pair: Pair, storage: Storage) -> Callable[..., None]:
 
     Who does what: the thread that owns column j (``tile``) reads Z[t, r, j], applies φ and writes
     H[t, r, j] for each row r of its block. Z_{t+1} is fetched while step t computes, and where a
-    block has one row Z_{t+4} is brought to the L2 cache.
+    block has one row Z_{t+4} is brought to the L2 cache. So are the rows of W_xh; the id of each is
+    fetched a step before it is wanted for that.
 
     Barriers: the states of step t lie in one of two buffers in shared memory. A block writes those
     of t + 1 into the other and meets at one barrier. That orders this step's writes before the
@@ -61,26 +69,35 @@ def forward(tile: Tile, pair: Pair, storage: Storage) -> Callable[..., None]:
     exact, keeps_z, looks_ahead = tile.exact, not pair.of_output, R == 1
     real, load_value, store_value, phi = storage.real, storage.load, storage.store, pair.phi
     clear, load, multiply, reduce = product(tile, real, load_value, transposed=False)
+    learn, number, announce = source(storage, by_id=by_id)
     h, k_depth, group_columns = uint32(tile.h), uint32(depth), uint32(C)
     lanes, owned, rows = uint32(S), uint32(own), uint32(R)
-    zero, first, one, ahead = real(0), uint32(0), uint32(1), uint32(AHEAD)
+    zero, first, one, two, ahead = real(0), uint32(0), uint32(1), uint32(2), uint32(AHEAD)
 
-    def resident_forward(Z, states, W_hh, b_h, T, n):
+    @device
+    def body(A, W_xh, Z, states, W_hh, b_h, T, n):
         v = cuda.shared.array((2, R, S, stride), real, alignment=16)
         ws = cuda.shared.array(0, real, alignment=16)
         w = cuda.local.array((kept, C), real)
         acc = cuda.local.array((R, C), real)
         z = cuda.local.array((R, own), real)
         b = cuda.local.array(own, real)
+        ids, later = z, z
+        if by_id:  # an array that no one uses makes the compiler arrange the rest anew
+            ids = cuda.local.array(R, uint32)
+            later = cuda.local.array(1, uint32)
 
-        T, n = uint32(T), uint32(n)
         thread = uint32(cuda.threadIdx.x)
         s, group = thread % lanes, thread // lanes
         row = uint32(cuda.blockIdx.x) * rows
         column = group * group_columns + s * owned
         step = uint64(n) * uint64(h)
         at = uint64(row) * uint64(h) + uint64(column)  # of the first number the thread owns
+        batch, of_x = uint64(n), uint64(row)  # of the block's first row in step t
 
+        for r in range(R):
+            if row + uint32(r) < n:
+                learn(ids, r, A, of_x + uint64(r))
         load(W_hh, w, ws, s * k_depth, group * group_columns)
         clear(v)
         cuda.syncthreads()
@@ -93,8 +110,13 @@ def forward(tile: Tile, pair: Pair, storage: Storage) -> Callable[..., None]:
                 z[r, p] = zero
                 if row + uint32(r) < n and (exact or j < h):
                     place = at + uint64(r * width + p)
-                    z[r, p] = load_value(Z[place])
+                    z[r, p] = number(A, W_xh, ids, r, place, h, j)
                     v[first, r, j // k_depth, j % k_depth] = load_value(states[place])
+        for r in range(R):
+            if row + uint32(r) < n and one < T:
+                learn(ids, r, A, of_x + batch + uint64(r))
+        if looks_ahead and row < n and ahead < T:
+            learn(later, 0, A, of_x + uint64(ahead) * batch)
         cuda.syncthreads()
 
         now = first
@@ -114,16 +136,31 @@ def forward(tile: Tile, pair: Pair, storage: Storage) -> Callable[..., None]:
                         place = at + uint64(r * width + p)
                         after = place + step
                         if more:
-                            z[r, p] = load_value(Z[after])
+                            z[r, p] = number(A, W_xh, ids, r, after, h, j)
                         if looks_ahead and t + ahead < T:
-                            prefetch_l2(Z, place + uint64(ahead) * step)
+                            announce(A, W_xh, later, 0, place + uint64(ahead) * step, h, j)
                         if keeps_z:
                             Z[place] = store_value(a)
                         H = store_value(phi(a))
                         states[after] = H
                         v[now, r, j // k_depth, j % k_depth] = load_value(H)
+                if row + uint32(r) < n and t + two < T:
+                    learn(ids, r, A, of_x + uint64(two) * batch + uint64(r))
+            if looks_ahead and row < n and t + ahead + one < T:
+                learn(later, 0, A, of_x + uint64(ahead + one) * batch)
             at += step
+            of_x += batch
             cuda.syncthreads()
+
+    if by_id:
+
+        def resident_forward_by_id(X, W_xh, Z, states, W_hh, b_h, T, n):
+            body(X, W_xh, Z, states, W_hh, b_h, uint32(T), uint32(n))
+
+        return resident_forward_by_id
+
+    def resident_forward(Z, states, W_hh, b_h, T, n):
+        body(Z, b_h, Z, states, W_hh, b_h, uint32(T), uint32(n))
 
     return resident_forward
 

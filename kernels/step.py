@@ -10,22 +10,27 @@ column ``blockIdx.y · side + x``.
 
 from collections.abc import Callable
 
-from numba import cuda, uint32
+from numba import cuda, uint32, uint64
 
 from gpurnn.kernels.activations import Pair
 from gpurnn.kernels.device import device, factor_at
 from gpurnn.kernels.storage import Storage
 from gpurnn.kernels.tiled import tiled_product
+from gpurnn.kernels.tokens import source
 
 __all__ = ["backward", "concatenated", "forward"]
 
 
-def forward(side: int, pair: Pair, storage: Storage) -> Callable[..., None]:
+def forward(side: int, pair: Pair, storage: Storage, *, by_id: bool = False) -> Callable[..., None]:
     """Build ``kernel(Z, states, W_hh, b_h, t)``: H_t = φ(Z_t + b_h + H_{t-1} W_hh) (9.4.5).
+
+    ``by_id``: ``kernel(X, W_xh, Z, states, W_hh, b_h, t)``, with W_xh[X_t] in place of Z_t.
 
     Arrays:
         Z (T, n, h): Z[t] is read, X_t W_xh; where ``pair.of_output`` is false it is overwritten
-            with the whole pre-activation.
+            with the whole pre-activation. ``by_id`` it is not read, and where ``pair.of_output``
+            not used.
+        X (T · n), W_xh (d · h), flat: read, ids and the rows that they pick.
         states (T + 1, n, h): states[t] is read, H_{t-1}; states[t + 1] is written, H_t.
         W_hh (h, h), b_h (h,): read.
 
@@ -34,19 +39,34 @@ def forward(side: int, pair: Pair, storage: Storage) -> Callable[..., None]:
     load_value, store_value, phi = storage.load, storage.store, pair.phi
     keeps_z = not pair.of_output
     dot = tiled_product(side, storage, transposed=False)
+    learn, number, _ = source(storage, by_id=by_id)
     width, one = uint32(side), uint32(1)
 
-    def step_forward(Z, states, W_hh, b_h, t):
-        t = uint32(t)
+    @device
+    def body(A, W_xh, Z, states, W_hh, b_h, t):
         n, h = uint32(states.shape[1]), uint32(states.shape[2])
         row = uint32(cuda.blockIdx.x) * width + uint32(cuda.threadIdx.y)
         j = uint32(cuda.blockIdx.y) * width + uint32(cuda.threadIdx.x)
+        of_row = cuda.local.array(1, uint32)
+        if row < n:
+            learn(of_row, 0, A, uint64(t) * uint64(n) + uint64(row))
         recurrent = dot(states[t], W_hh, row, j)
         if row < n and j < h:
-            a = recurrent + (load_value(Z[t, row, j]) + load_value(b_h[j]))
+            z = number(A, W_xh, of_row, 0, (t, row, j), h, j)
+            a = recurrent + (z + load_value(b_h[j]))
             if keeps_z:
                 Z[t, row, j] = store_value(a)
             states[t + one, row, j] = store_value(phi(a))
+
+    if by_id:
+
+        def step_forward_by_id(X, W_xh, Z, states, W_hh, b_h, t):
+            body(X, W_xh, Z, states, W_hh, b_h, uint32(t))
+
+        return step_forward_by_id
+
+    def step_forward(Z, states, W_hh, b_h, t):
+        body(Z, b_h, Z, states, W_hh, b_h, uint32(t))
 
     return step_forward
 

@@ -10,11 +10,12 @@ it writes no other thread reads or writes. Nothing is shared, and there is no ba
 
 from collections.abc import Callable
 
-from numba import cuda, uint32
+from numba import cuda, uint32, uint64
 
 from gpurnn.kernels.activations import Pair
 from gpurnn.kernels.device import device, factor_at
 from gpurnn.kernels.storage import Storage
+from gpurnn.kernels.tokens import source
 
 __all__ = ["backward", "forward"]
 
@@ -31,13 +32,17 @@ def own_column():
     return uint32(cuda.blockIdx.y) * uint32(cuda.blockDim.x) + uint32(cuda.threadIdx.x)
 
 
-def forward(pair: Pair, storage: Storage) -> Callable[..., None]:
+def forward(pair: Pair, storage: Storage, *, by_id: bool = False) -> Callable[..., None]:
     """Build ``kernel(P, Z, states, b_h, t)``: H_t = φ(Z_t + b_h + P), P = H_{t-1} W_hh (9.4.5).
+
+    ``by_id``: ``kernel(X, W_xh, P, Z, states, b_h, t)``, with W_xh[X_t] in place of Z_t.
 
     Arrays:
         P (n, h) of ``storage.real``: read.
         Z (T, n, h): Z[t] is read, X_t W_xh; where ``pair.of_output`` is false it is overwritten
-            with the whole pre-activation.
+            with the whole pre-activation. ``by_id`` it is not read, and where ``pair.of_output``
+            not used.
+        X (T · n), W_xh (d · h), flat: read, ids and the rows that they pick.
         states (T + 1, n, h): states[t + 1] is written, H_t; the rest is not touched.
         b_h (h,): read.
 
@@ -45,16 +50,31 @@ def forward(pair: Pair, storage: Storage) -> Callable[..., None]:
     """
     load_value, store_value, phi = storage.load, storage.store, pair.phi
     keeps_z = not pair.of_output
+    learn, number, _ = source(storage, by_id=by_id)
     one = uint32(1)
 
-    def tail_forward(P, Z, states, b_h, t):
-        t = uint32(t)
+    @device
+    def body(A, W_xh, P, Z, states, b_h, t):
+        n, h = uint32(P.shape[0]), uint32(P.shape[1])
         row, j = own_row(), own_column()
-        if row < uint32(P.shape[0]) and j < uint32(P.shape[1]):
-            a = P[row, j] + (load_value(Z[t, row, j]) + load_value(b_h[j]))
+        if row < n and j < h:
+            of_row = cuda.local.array(1, uint32)
+            learn(of_row, 0, A, uint64(t) * uint64(n) + uint64(row))
+            z = number(A, W_xh, of_row, 0, (t, row, j), h, j)
+            a = P[row, j] + (z + load_value(b_h[j]))
             if keeps_z:
                 Z[t, row, j] = store_value(a)
             states[t + one, row, j] = store_value(phi(a))
+
+    if by_id:
+
+        def tail_forward_by_id(X, W_xh, P, Z, states, b_h, t):
+            body(X, W_xh, P, Z, states, b_h, uint32(t))
+
+        return tail_forward_by_id
+
+    def tail_forward(P, Z, states, b_h, t):
+        body(Z, b_h, P, Z, states, b_h, uint32(t))
 
     return tail_forward
 

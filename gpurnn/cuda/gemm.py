@@ -13,12 +13,16 @@ own: no step is computed that is not wanted, nothing is read that was not writte
 every T makes do with the same few graphs.
 
 Where the current stream is being captured already, by the caller, the same steps go into that
-capture, on the caller's arrays, as they do where a step is too large for a graph.
+capture, on the caller's arrays, as they do where a step is too large for a graph. There, where X
+are ids, the kernel fetches the rows of W_xh that they pick; a graph's own arrays get them gathered,
+in place of a copy.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
+from gpurnn.cuda import tokens
 from gpurnn.cuda.engines import Array, Engine
 from gpurnn.cuda.specs import REAL, KernelSpec
 from gpurnn.planning import Plan, dtype_name
@@ -59,11 +63,13 @@ def forward(
     b_h: Array,
     *,
     keeps_z: bool,
+    by_id: tuple[Array, Array] | None = None,
 ) -> None:
     """Do all steps of ``tail.forward``, with H_{t-1} W_hh for P.
 
     Z (T, n, h), states (T + 1, n, h), W_hh (h, h) and b_h (h,) are as there; T and n are at least
     1, states[0] is written. ``keeps_z``: Z is to be overwritten with the pre-activations.
+    ``by_id``: X (T, n) and W_xh, whose rows by id come in place of those of Z.
     """
     T, n, h = Z.shape
     xp, dtype = engine.xp, W_hh.dtype
@@ -71,14 +77,18 @@ def forward(
     def product_in() -> Array:
         return xp.empty((n, h), REAL[dtype_name(dtype)])
 
-    def run(on: _Forward, steps: int) -> None:
-        arrays = (on.P, on.Z, on.states, on.b_h)
+    def run(on: _Forward, steps: int, kernel: KernelSpec = spec, *ids: Array) -> None:
+        arrays = (*ids, on.P, on.Z, on.states, on.b_h)
         for t in range(steps):
             engine.step_product(on.states[t], on.W_hh, on.P, on.workspace, plan.precision)
-            engine.launch(spec, plan.grid, plan.block, arrays, [(t,)])
+            engine.launch(kernel, plan.grid, plan.block, arrays, [(t,)])
 
     if not plan.chunk or engine.capturing():
-        run(_Forward(Z, states, W_hh, b_h, product_in(), engine.workspace()), T)
+        given = _Forward(Z, states, W_hh, b_h, product_in(), engine.workspace())
+        if by_id is None:
+            run(given, T)
+        else:
+            run(given, T, replace(spec, by_id=True), *(a.reshape(-1) for a in by_id))
         return
 
     def make() -> _Forward:
@@ -91,7 +101,11 @@ def forward(
         own.b_h[...] = b_h
         for t, steps in chunks(T, plan.chunk):
             own.states[0] = states[t]
-            own.Z[:steps] = Z[t : t + steps]
+            if by_id is None:
+                own.Z[:steps] = Z[t : t + steps]
+            else:
+                X, W_xh = by_id
+                tokens.gather(engine, W_xh, X[t : t + steps], own.Z[:steps])
             play(steps)
             states[t + 1 : t + steps + 1] = own.states[1 : steps + 1]
             if keeps_z:

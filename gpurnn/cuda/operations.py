@@ -15,7 +15,7 @@ import numpy as np
 
 from gpurnn import planning, segments
 from gpurnn.activation import Activation, AnyActivation
-from gpurnn.cuda import gemm, reports
+from gpurnn.cuda import gemm, reports, tokens
 from gpurnn.cuda.engines import Array, Engine
 from gpurnn.cuda.specs import REAL, KernelSpec, Kind
 from gpurnn.planning import SIDE, Group, Plan, dtype_name, scratch_words
@@ -32,7 +32,6 @@ __all__ = [
     "rnn_forward",
 ]
 
-ONE_HOT_ELEMENTS = 1 << 25  # of the largest one-hot matrix that is made at a time
 POINTWISE_THREADS = 256
 LARGEST_KEPT = 1 << 20  # numbers of a constant array that is kept for the next call
 
@@ -48,7 +47,9 @@ def rnn_forward(
     activation: AnyActivation,
     precision: str = "ieee",
 ) -> tuple[Array, Array | None, Plan]:
-    """H_t = φ(X_t W_xh + b_h + H_{t-1} W_hh) (9.4.5): one GEMM, or gather, then the recurrence.
+    """H_t = φ(X_t W_xh + b_h + H_{t-1} W_hh) (9.4.5): one GEMM, then the recurrence.
+
+    Where X are ids there is no product: the recurrence fetches rows of W_xh.
 
     Returns the states with h_0 before them (T + 1, n, h), the pre-activations (T, n, h) where φ′ is
     a function of them, and the plan, which the backward pass follows as well.
@@ -93,8 +94,10 @@ def _rnn_states(
                 spec = _spec("step_concatenated", SIDE, activation, dtype)
                 arrays = (X, target, states, W_xh, W_hh, b)
                 engine.launch(spec, plan.grid, plan.block, arrays, ((t,) for t in range(T)))
+            elif X.ndim == 2:
+                _recurrence(engine, plan, target, states, W_hh, b, activation, (X, W_xh))
             else:
-                _input_product(engine, X, W_xh, target)
+                engine.product(X.reshape(T * n, -1), W_xh, target.reshape(T * n, h))
                 _recurrence(engine, plan, target, states, W_hh, b, activation)
     return states, Z
 
@@ -107,24 +110,35 @@ def _recurrence(
     W_hh: Array,
     b_h: Array,
     activation: AnyActivation,
+    by_id: tuple[Array, Array] | None = None,
 ) -> None:
+    """Do all steps; ``by_id`` are X (T, n) and W_xh, whose rows come in place of those of Z."""
     T, n, _ = Z.shape
+    ids = [] if by_id is None else [a.reshape(-1) for a in by_id]
+    flat = [*ids, Z.reshape(-1), states.reshape(-1), W_hh, b_h]
+    dtype, takes_ids = W_hh.dtype, by_id is not None
     if plan.kernel == "resident":
-        spec = _spec("resident_forward", plan.tile, activation, W_hh.dtype)
-        flat = (Z.reshape(-1), states.reshape(-1), W_hh, b_h)
+        spec = _spec("resident_forward", plan.tile, activation, dtype, by_id=takes_ids)
         engine.launch(spec, plan.grid, plan.block, flat, [(T, n)], plan.shared)
         return
     if plan.kernel == "group":
-        spec = _spec("group_forward", plan.tile, activation, W_hh.dtype, exchange=plan.exchange)
-        _launch_groups(engine, plan, spec, [Z.reshape(-1), states.reshape(-1), W_hh, b_h], (), T, n)
+        spec = _spec(
+            "group_forward",
+            plan.tile,
+            activation,
+            dtype,
+            exchange=plan.exchange,
+            by_id=takes_ids,
+        )
+        _launch_groups(engine, plan, spec, flat, (), T, n)
         return
     if plan.kernel == "gemm":
-        spec = _spec("tail_forward", None, activation, W_hh.dtype)
+        spec = _spec("tail_forward", None, activation, dtype)
         keeps_z = not activation.of_output
-        gemm.forward(engine, plan, spec, Z, states, W_hh, b_h, keeps_z=keeps_z)
+        gemm.forward(engine, plan, spec, Z, states, W_hh, b_h, keeps_z=keeps_z, by_id=by_id)
         return
-    spec = _spec("step_forward", SIDE, activation, W_hh.dtype)
-    arrays = (Z, states, W_hh, b_h)
+    spec = _spec("step_forward", SIDE, activation, dtype, by_id=takes_ids)
+    arrays = (*ids, Z, states, W_hh, b_h)
     engine.launch(spec, plan.grid, plan.block, arrays, ((t,) for t in range(T)))
 
 
@@ -162,15 +176,6 @@ def _launch_groups(
             cluster=plan.cluster,
             cooperative=plan.cooperative,
         )
-
-
-def _input_product(engine: Engine, X: Array, W_xh: Array, Z: Array) -> None:
-    """Z = X W_xh; a one-hot row times W_xh is a row of W_xh."""
-    if X.ndim == 2:
-        engine.xp.take(W_xh, X, axis=0, out=Z)
-    else:
-        T, n, d = X.shape
-        engine.product(X.reshape(T * n, d), W_xh, Z.reshape(T * n, -1))
 
 
 def rnn_backward(
@@ -226,9 +231,9 @@ def rnn_backward(
         dZ = grads[1:].reshape(T * n, h)
         dW_hh = _product(engine, states[:-1].reshape(T * n, h).T, dZ)
         if by_id:
-            dW_xh = _scatter(engine, X.reshape(-1), dZ, d)
+            dW_xh = tokens.scatter(engine, X.reshape(-1), dZ, d)
             # Each row of dZ is in one of its rows; but those of half types are rounded.
-            db_h = _sum_rows(engine, dZ if dtype.itemsize == 2 else dW_xh)
+            db_h = _sum_rows(engine, dZ if dtype.itemsize == 2 or d > T * n else dW_xh)
             return None, grads[0], dW_xh, dW_hh, db_h
         dW_xh = _product(engine, X.reshape(T * n, d).T, dZ)
         dX = _product(engine, dZ, W_xh.T).reshape(X.shape)
@@ -346,9 +351,10 @@ def _spec(
     *,
     scaled: bool = False,
     exchange: str | None = None,
+    by_id: bool = False,
 ) -> KernelSpec:
     key = activation if isinstance(activation, Activation) else activation.name
-    return KernelSpec(kind, sizes, key, dtype_name(dtype), scaled, exchange)
+    return KernelSpec(kind, sizes, key, dtype_name(dtype), scaled, exchange, by_id)
 
 
 def _product(engine: Engine, A: Array, B: Array) -> Array:
@@ -360,25 +366,6 @@ def _product(engine: Engine, A: Array, B: Array) -> Array:
 def _sum_rows(engine: Engine, A: Array) -> Array:
     """Sum the rows as a product with ones, in a fixed order."""
     return _product(engine, _constant(engine, "ones", len(A), A.dtype)[None], A)[0]
-
-
-def _scatter(engine: Engine, ids: Array, dZ: Array, d: int) -> Array:
-    """Return (d, h): the rows of dZ added up by id, as products with one-hot matrices.
-
-    A part of the rows at a time, so that no matrix is large, always in the same order. A number
-    that is not finite makes NaN of its column, in every row: 0 · ∞ is no number.
-    """
-    part = max(1, ONE_HOT_ELEMENTS // d)
-    rows = _constant(engine, "arange", d, ids.dtype)[:, None]
-    real = REAL[dtype_name(dZ.dtype)]
-    total = None
-    for start in range(0, len(ids), part):
-        one_hot = (rows == ids[None, start : start + part]).astype(dZ.dtype)
-        added = _product(engine, one_hot, dZ[start : start + part])
-        if len(ids) <= part:
-            return added
-        total = added.astype(real) if total is None else total + added
-    return total.astype(dZ.dtype)  # type: ignore[union-attr]
 
 
 def _constant(engine: Engine, kind: str, size: int, dtype: Any) -> Array:

@@ -45,6 +45,9 @@ ARGUMENTS: dict[str, tuple[int | str, ...]] = {
     "update_apply": (1, 1, 1, 1, *["doubles"] * 4, "counts", "doubles"),
     "take_batch": ("ids", "counts", 1, "counts", "ids", "ids", 1, "i", "i", "i"),
     "keep_state": (1, 1, "counts"),
+    "scatter": ("ids", 1, 1, "i", "i", "i", "i", "i"),
+    "scatter_parts": ("ids", 1, "r1", "i", "i", "i", "i", "i"),
+    "scatter_parts_added": ("r1", 1, "i"),
     "probe_launch": (),
     "probe_l2": ("report", "report", "i"),
     "probe_remote": ("report", "i"),
@@ -71,6 +74,9 @@ Kind = Literal[
     "update_apply",
     "take_batch",
     "keep_state",
+    "scatter",
+    "scatter_parts",
+    "scatter_parts_added",
     "probe_launch",
     "probe_l2",
     "probe_remote",
@@ -86,9 +92,10 @@ class KernelSpec:
     """A kernel, and what it is compiled for.
 
     ``kind`` is a key of ``ARGUMENTS``. ``sizes`` is the tile of a resident kernel, the share of a
-    group kernel, the side of a tiled one, None where any block of up to 256 threads will do.
-    ``scaled`` backward kernels take ξ as well. ``exchange`` is that of a group kernel. A probe is
-    one kernel whatever its activation and dtype.
+    group kernel or of one that adds up rows, the side of a tiled one, None where any block of up to
+    256 threads will do. ``scaled`` backward kernels take ξ as well. ``exchange`` is that of a group
+    kernel. Forward kernels ``by_id`` take ids, and W_xh, of which those are rows. A probe is one
+    kernel whatever its activation and dtype.
     """
 
     kind: Kind
@@ -97,6 +104,7 @@ class KernelSpec:
     dtype: str
     scaled: bool = False
     exchange: str | None = None
+    by_id: bool = False
 
     @property
     def threads(self) -> int:
@@ -127,6 +135,8 @@ def signature(spec: KernelSpec) -> tuple[ArraySpec | None, ...]:
             arguments.append(ArraySpec(STORED[spec.dtype], axes))
     if spec.scaled:  # after the other arrays, before the integers
         arguments.insert(arguments.index(None), ArraySpec(REAL[spec.dtype], 1))
+    if spec.by_id:  # before all others
+        arguments[:0] = [ArraySpec(BESIDE["ids"], 1), ArraySpec(STORED[spec.dtype], 1)]
     return tuple(arguments)
 
 
@@ -144,6 +154,7 @@ def build(spec: KernelSpec) -> Callable[..., None]:
         resident,
         step,
         tail,
+        tokens,
         update,
     )
     from gpurnn.kernels.storage import STORAGES
@@ -159,15 +170,15 @@ def build(spec: KernelSpec) -> Callable[..., None]:
     made: Callable[..., None]
     match spec.kind:
         case "resident_forward":
-            made = resident.forward(sizes, pair, storage)
+            made = resident.forward(sizes, pair, storage, by_id=spec.by_id)
         case "resident_backward":
             made = resident.backward(sizes, pair, storage, scaled=spec.scaled)
         case "group_forward":
-            made = group.forward(sizes, pair, storage, spec.exchange)
+            made = group.forward(sizes, pair, storage, spec.exchange, by_id=spec.by_id)
         case "group_backward":
             made = group.backward(sizes, pair, storage, spec.exchange, scaled=spec.scaled)
         case "step_forward":
-            made = step.forward(sizes, pair, storage)
+            made = step.forward(sizes, pair, storage, by_id=spec.by_id)
         case "step_concatenated":
             made = step.concatenated(sizes, pair, storage)
         case "step_backward":
@@ -177,7 +188,7 @@ def build(spec: KernelSpec) -> Callable[..., None]:
         case "layer_backward":
             made = layer.backward(pair, storage)
         case "tail_forward":
-            made = tail.forward(pair, storage)
+            made = tail.forward(pair, storage, by_id=spec.by_id)
         case "tail_backward":
             made = tail.backward(pair, storage, scaled=spec.scaled)
         case "update_norm":
@@ -188,6 +199,10 @@ def build(spec: KernelSpec) -> Callable[..., None]:
             made = batch.take()
         case "keep_state":
             made = batch.keep()
+        case "scatter" | "scatter_parts":
+            made = tokens.scatter(sizes, storage, partial=spec.kind == "scatter_parts")
+        case "scatter_parts_added":
+            made = tokens.add_parts(storage)
         case _:
             made = getattr(probes, spec.kind)
     return made

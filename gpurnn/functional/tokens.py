@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpurnn import reference, validate
-from gpurnn.functional.placing import quiet
+from gpurnn.cuda import tokens
+from gpurnn.functional.placing import placed, quiet, there
 
 __all__ = ["embedding", "embedding_backward"]
 
@@ -14,22 +15,40 @@ Floats = NDArray[Any]
 Ids = NDArray[Any]
 
 
-def embedding(ids: Ids, E: Floats) -> Floats:
+def embedding(ids: Ids, E: Floats, *, check_ids: bool = True) -> Floats:
     """Rows of E (|V|, d) by token id: ids (…) → (…, d).
+
+    Args:
+        ids: (…) integers in [0, |V|). E: (|V|, d).
+        check_ids: False where ids on a GPU are known to be in range, as in ``rnn_forward``.
 
     Raises:
         ValueError: an id is negative or at least |V|; the message says which and where.
     """
-    ids_, E_ = validate.embedding(ids, E)
+    engine, (ids, E), place = placed({"ids": ids, "E": E})
+    with there(engine):
+        ids_, E_ = validate.embedding(ids, E, place, check_ids=check_ids)
+    if engine is not None:
+        found: Floats = tokens.embedding(engine, ids_, E_)
+        return found
     X = np.take(E_, ids_, axis=0)
     if not np.isfinite(X).all():
         validate.refuse_non_finite({"E": E_})
     return X
 
 
-def embedding_backward(dX: Floats, ids: Ids, num_rows: int) -> Floats:
-    """Return dE (num_rows, d): the rows of dX (…, d) added up by their id, always in one order."""
-    dX_, ids_, rows = validate.embedding_backward(dX, ids, num_rows)
+def embedding_backward(dX: Floats, ids: Ids, num_rows: int, *, check_ids: bool = True) -> Floats:
+    """Return dE (num_rows, d): the rows of dX (…, d) added up by their id, always in one order.
+
+    ``check_ids`` is as in ``embedding``. On a GPU half types are summed as float32 and rounded
+    once.
+    """
+    engine, (dX, ids), place = placed({"dX": dX, "ids": ids})
+    with there(engine):
+        dX_, ids_, rows = validate.embedding_backward(dX, ids, num_rows, place, check_ids=check_ids)
+    if engine is not None:
+        summed: Floats = tokens.embedding_backward(engine, dX_, ids_, rows)
+        return summed
     with quiet():
         dE = reference.embedding_backward(dX_, ids_, rows)
     if not np.isfinite(dE).all():

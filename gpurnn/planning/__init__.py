@@ -26,6 +26,7 @@ from gpurnn.planning.resident import (
     registers_guess,
     resident_tiles,
 )
+from gpurnn.planning.tokens import ScatterPlan, scatter_plan
 
 __all__ = [
     "DEVICES",
@@ -41,12 +42,14 @@ __all__ = [
     "Group",
     "Limits",
     "Plan",
+    "ScatterPlan",
     "dtype_name",
     "largest_resident",
     "limits",
     "plan",
     "registers_guess",
     "resident_tiles",
+    "scatter_plan",
     "scratch_words",
     "tiled_grid",
 ]

@@ -1,0 +1,71 @@
+"""Rows by token id on a GPU, or under the emulator: gathered, and their gradients added up."""
+
+from typing import Any
+
+import numpy as np
+
+from gpurnn.cuda.engines import Array, Engine
+from gpurnn.cuda.specs import REAL, KernelSpec
+from gpurnn.planning import ScatterPlan, dtype_name, scatter_plan
+from gpurnn.tile import ADDED_AT_ONCE, WARP
+
+__all__ = ["embedding", "embedding_backward", "gather", "scatter"]
+
+
+def embedding(engine: Engine, ids: Array, E: Array) -> Array:
+    """Return the rows of E (|V|, d) by ids (…): (…, d)."""
+    with engine.here():
+        X = engine.xp.empty((*ids.shape, E.shape[1]), E.dtype)
+        gather(engine, E, ids, X)
+    return X
+
+
+def embedding_backward(engine: Engine, dX: Array, ids: Array, rows: int) -> Array:
+    """Return dE (rows, d): the rows of dX (…, d) added up by id."""
+    with engine.here():
+        return scatter(engine, ids.reshape(-1), dX.reshape(ids.size, dX.shape[-1]), rows)
+
+
+def gather(engine: Engine, W: Array, ids: Array, out: Array) -> None:
+    """out = W[ids], bit for bit: it is all the same to a copy what the bits mean."""
+    if out.size:
+        if W.itemsize == 2:
+            W, out = W.view(np.uint16), out.view(np.uint16)
+        engine.xp.take(W, ids, axis=0, out=out)
+
+
+def scatter(
+    engine: Engine, ids: Array, dZ: Array, d: int, plan: ScatterPlan | None = None
+) -> Array:
+    """Return (d, h): the rows of dZ (N, h) added up by their ids (N,), each sum rounded once.
+
+    ``plan`` stands in for what ``planning.scatter_plan`` says.
+    """
+    (N, h), name, xp = dZ.shape, dtype_name(dZ.dtype), engine.xp
+    if not dZ.size or not d:
+        return xp.zeros((d, h), dZ.dtype)
+    plan = plan or scatter_plan(N, d, h, name, engine.limits)
+    out = xp.empty((d, h), dZ.dtype)
+    whole = plan.parts == 1
+    sums = out if whole else xp.empty((plan.parts, d, h), REAL[name])
+    engine.launch(
+        _spec("scatter" if whole else "scatter_parts", plan.tile, name),
+        plan.grid,
+        (plan.tile.threads, 1, 1),
+        (ids, dZ.reshape(-1), sums.reshape(-1)),
+        [(N, d, h, plan.ids, plan.rows)],
+        plan.shared,
+    )
+    if not whole:
+        engine.launch(
+            _spec("scatter_parts_added", None, name),
+            (-(-d * h // WARP), 1, 1),
+            (WARP * ADDED_AT_ONCE, 1, 1),
+            (sums.reshape(-1), out.reshape(-1)),
+            [(plan.parts,)],
+        )
+    return out
+
+
+def _spec(kind: Any, sizes: Any, dtype: str) -> KernelSpec:
+    return KernelSpec(kind, sizes, "identity", dtype)
