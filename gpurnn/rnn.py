@@ -5,6 +5,7 @@ a further layer takes the states of the one below as its input (section 10.3 the
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -154,19 +155,28 @@ class RNN:
         return H, _stacked(final), residuals
 
     def backward(
-        self, dH: Floats, residuals: list[F.RNNResiduals], *, xi: Floats | None = None
+        self,
+        dH: Floats,
+        residuals: list[F.RNNResiduals],
+        *,
+        xi: Floats | None = None,
+        out: Mapping[str, Floats] | None = None,
     ) -> tuple[Floats | None, Floats, dict[str, Floats]]:
         """Return dX (None for ids), the gradient by the initial state, and those by ``params``.
 
         dH is (T, n, h), by the last layer's states; ``xi`` as in ``functional.rnn_backward``, for
-        every layer.
+        every layer. ``out`` may have arrays that gradients by ``params`` are written to, by name.
         """
         grads: dict[str, Floats] = {}
         dh_0: list[Floats] = []
         dX: Floats | None = dH
         for layer in reversed(range(self.num_layers)):
             assert dX is not None  # only the first layer takes ids
-            dX, d_initial, dW_xh, dW_hh, db_h = F.rnn_backward(dX, residuals[layer], xi=xi)
+            names = [_named(p, layer) for p in ("W_xh", "W_hh", "b_h")]
+            outs = None if out is None else (out[names[0]], out[names[1]], out.get(names[2]))
+            dX, d_initial, dW_xh, dW_hh, db_h = F.rnn_backward(
+                dX, residuals[layer], xi=xi, out=outs
+            )
             grads[_named("W_xh", layer)] = dW_xh
             grads[_named("W_hh", layer)] = dW_hh
             if db_h is not None:

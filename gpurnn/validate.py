@@ -41,6 +41,7 @@ __all__ = [
     "linear_backward",
     "negative_log_likelihood",
     "number",
+    "outs",
     "positive",
     "refuse_non_finite",
     "rnn_backward",
@@ -304,6 +305,37 @@ def like(name: str, a: object, other_name: str, other: Floats, place: Place = HO
     a_ = _floats(name, a, f"{other_name}'s shape", None, other.dtype, other_name, place)
     _shape(name, a_, f"{other_name}'s shape", other.shape)
     return a_
+
+
+def outs(
+    out: object,
+    names: tuple[str, ...],
+    shapes: tuple[tuple[int, ...], ...],
+    dtype: np.dtype[Any],
+    place: Place = HOST,
+) -> tuple[Floats | None, ...]:
+    """Return the arrays that results are to be written to, None where there is none.
+
+    ``out`` is None, or has an array or None for each of ``names``; an array is C-contiguous.
+    """
+    if out is None:
+        return (None,) * len(names)
+    wanted = f"expected None or ({', '.join(names)})"
+    if not isinstance(out, tuple | list):
+        raise TypeError(f"out is {out!r}: {wanted}")
+    if len(out) != len(names):
+        raise ValueError(f"out has {len(out)} entries: {wanted}")
+    found: list[Floats | None] = []
+    for a, name, shape in zip(out, names, shapes, strict=True):
+        if a is None:
+            found.append(None)
+            continue
+        a_ = _floats(f"out of {name}", a, f"{name}'s shape", None, dtype, name, place)
+        _shape(f"out of {name}", a_, f"{name}'s shape", shape)
+        if not array(f"out of {name}", a, place).flags.c_contiguous:
+            raise ValueError(f"out of {name} is not C-contiguous: what is written to has to be")
+        found.append(a_)
+    return tuple(found)
 
 
 def token_ids(

@@ -7,7 +7,7 @@ give the same bits each time.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -31,6 +31,9 @@ __all__ = [
     "rnn_backward_by_segments",
     "rnn_forward",
 ]
+
+Outs = Sequence[Array | None]
+"""Arrays that results are written to; None for a new one."""
 
 POINTWISE_THREADS = 256
 LARGEST_KEPT = 1 << 20  # numbers of a constant array that is kept for the next call
@@ -189,16 +192,20 @@ def rnn_backward(
     W_hh: Array,
     activation: AnyActivation,
     xi: Array | None,
+    out: Outs = (None, None, None),
 ) -> tuple[Array | None, Array, Array, Array, Array]:
-    """Return dX (None for ids), dh_0, dW_xh, dW_hh, db_h (9.7.2)."""
+    """Return dX (None for ids), dh_0, dW_xh, dW_hh, db_h (9.7.2).
+
+    ``out`` is where the last three go.
+    """
     xp, dtype = engine.xp, states.dtype
     (T, n, h), d = dH.shape, len(W_xh)
     by_id = X.ndim == 2
     with engine.here():
         if T == 0 or n == 0:
             dX = None if by_id else xp.zeros(X.shape, dtype)
-            empty = (xp.zeros(shape, dtype) for shape in ((n, h), (d, h), (h, h), (h,)))
-            return dX, *empty
+            dW_xh, dW_hh, db_h = _zeros(engine, ((d, h), (h, h), (h,)), dtype, out)
+            return dX, xp.zeros((n, h), dtype), dW_xh, dW_hh, db_h
         grads = xp.empty((T + 1, n, h), dtype)
         A = states[1:] if Z is None else Z
         weights = [W_hh]
@@ -229,15 +236,16 @@ def rnn_backward(
             spec = _spec("step_backward", SIDE, activation, dtype, scaled=scaled)
             engine.launch(spec, plan.grid, plan.block, arrays, ((i,) for i in range(T, -1, -1)))
         dZ = grads[1:].reshape(T * n, h)
-        dW_hh = _product(engine, states[:-1].reshape(T * n, h).T, dZ)
+        dW_hh = _product(engine, states[:-1].reshape(T * n, h).T, dZ, out[1])
         if by_id:
-            dW_xh = tokens.scatter(engine, X.reshape(-1), dZ, d)
+            dW_xh = tokens.scatter(engine, X.reshape(-1), dZ, d, out=out[0])
             # Each row of dZ is in one of its rows; but those of half types are rounded.
-            db_h = _sum_rows(engine, dZ if dtype.itemsize == 2 or d > T * n else dW_xh)
+            summed = dZ if dtype.itemsize == 2 or d > T * n else dW_xh
+            db_h = _sum_rows(engine, summed, out[2])
             return None, grads[0], dW_xh, dW_hh, db_h
-        dW_xh = _product(engine, X.reshape(T * n, d).T, dZ)
+        dW_xh = _product(engine, X.reshape(T * n, d).T, dZ, out[0])
         dX = _product(engine, dZ, W_xh.T).reshape(X.shape)
-        return dX, grads[0], dW_xh, dW_hh, _sum_rows(engine, dZ)
+        return dX, grads[0], dW_xh, dW_hh, _sum_rows(engine, dZ, out[2])
 
 
 def rnn_backward_by_segments(
@@ -332,15 +340,30 @@ def linear(engine: Engine, H: Array, W_hq: Array, b_q: Array | None) -> Array:
     return O
 
 
-def linear_backward(engine: Engine, dO: Array, H: Array, W_hq: Array) -> tuple[Array, Array, Array]:
-    """Return dH (like H), dW_hq (h, q), db_q (q,)."""
+def linear_backward(
+    engine: Engine, dO: Array, H: Array, W_hq: Array, out: Outs = (None, None)
+) -> tuple[Array, Array, Array]:
+    """Return dH (like H), dW_hq (h, q), db_q (q,); ``out`` is where the last two go."""
     q, xp = W_hq.shape[1], engine.xp
     with engine.here():
         if not dO.size:
-            return xp.zeros(H.shape, H.dtype), xp.zeros_like(W_hq), xp.zeros(q, W_hq.dtype)
+            dW_hq, db_q = _zeros(engine, (W_hq.shape, (q,)), W_hq.dtype, out)
+            return xp.zeros(H.shape, H.dtype), dW_hq, db_q
         rows = rows_of(dO)
         dH = _product(engine, rows, W_hq.T).reshape(H.shape)
-        return dH, _product(engine, rows_of(H).T, rows), _sum_rows(engine, rows)
+        dW_hq = _product(engine, rows_of(H).T, rows, out[0])
+        return dH, dW_hq, _sum_rows(engine, rows, out[1])
+
+
+def _zeros(
+    engine: Engine, shapes: Sequence[tuple[int, ...]], dtype: Any, out: Outs
+) -> Iterator[Array]:
+    for shape, a in zip(shapes, out, strict=True):
+        if a is None:
+            yield engine.xp.zeros(shape, dtype)
+        else:
+            a.fill(0)
+            yield a
 
 
 def _spec(
@@ -357,15 +380,17 @@ def _spec(
     return KernelSpec(kind, sizes, key, dtype_name(dtype), scaled, exchange, by_id)
 
 
-def _product(engine: Engine, A: Array, B: Array) -> Array:
-    out = engine.xp.empty((A.shape[0], B.shape[1]), B.dtype)
+def _product(engine: Engine, A: Array, B: Array, out: Array | None = None) -> Array:
+    if out is None:
+        out = engine.xp.empty((A.shape[0], B.shape[1]), B.dtype)
     engine.product(A, B, out)
     return out
 
 
-def _sum_rows(engine: Engine, A: Array) -> Array:
+def _sum_rows(engine: Engine, A: Array, out: Array | None = None) -> Array:
     """Sum the rows as a product with ones, in a fixed order."""
-    return _product(engine, _constant(engine, "ones", len(A), A.dtype)[None], A)[0]
+    ones = _constant(engine, "ones", len(A), A.dtype)[None]
+    return _product(engine, ones, A, None if out is None else out[None])[0]
 
 
 def _constant(engine: Engine, kind: str, size: int, dtype: Any) -> Array:

@@ -20,10 +20,13 @@ def embedding(engine: Engine, ids: Array, E: Array) -> Array:
     return X
 
 
-def embedding_backward(engine: Engine, dX: Array, ids: Array, rows: int) -> Array:
+def embedding_backward(
+    engine: Engine, dX: Array, ids: Array, rows: int, out: Array | None = None
+) -> Array:
     """Return dE (rows, d): the rows of dX (…, d) added up by id."""
     with engine.here():
-        return scatter(engine, ids.reshape(-1), dX.reshape(ids.size, dX.shape[-1]), rows)
+        flat = dX.reshape(ids.size, dX.shape[-1])
+        return scatter(engine, ids.reshape(-1), flat, rows, out=out)
 
 
 def gather(engine: Engine, W: Array, ids: Array, out: Array) -> None:
@@ -35,17 +38,24 @@ def gather(engine: Engine, W: Array, ids: Array, out: Array) -> None:
 
 
 def scatter(
-    engine: Engine, ids: Array, dZ: Array, d: int, plan: ScatterPlan | None = None
+    engine: Engine,
+    ids: Array,
+    dZ: Array,
+    d: int,
+    plan: ScatterPlan | None = None,
+    out: Array | None = None,
 ) -> Array:
     """Return (d, h): the rows of dZ (N, h) added up by their ids (N,), each sum rounded once.
 
-    ``plan`` stands in for what ``planning.scatter_plan`` says.
+    ``plan`` stands in for what ``planning.scatter_plan`` says, ``out`` is where the result goes.
     """
     (N, h), name, xp = dZ.shape, dtype_name(dZ.dtype), engine.xp
+    if out is None:
+        out = xp.empty((d, h), dZ.dtype)
     if not dZ.size or not d:
-        return xp.zeros((d, h), dZ.dtype)
+        out.fill(0)
+        return out
     plan = plan or scatter_plan(N, d, h, name, engine.limits)
-    out = xp.empty((d, h), dZ.dtype)
     whole = plan.parts == 1
     sums = out if whole else xp.empty((plan.parts, d, h), REAL[name])
     engine.launch(

@@ -10,7 +10,7 @@ from gpurnn import reference, validate
 from gpurnn.activation import Activation, AnyActivation
 from gpurnn.cuda import operations
 from gpurnn.cuda.engines import Engine
-from gpurnn.functional.placing import beside, placed, quiet, there
+from gpurnn.functional.placing import beside, placed, put, quiet, there
 
 __all__ = [
     "HiddenResiduals",
@@ -21,6 +21,7 @@ __all__ = [
 ]
 
 Floats = NDArray[Any]
+Outs = tuple[Floats | None, Floats | None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,15 +96,22 @@ def linear(H: Floats, W_hq: Floats, b_q: Floats | None = None) -> Floats:
     return O
 
 
-def linear_backward(dO: Floats, H: Floats, W_hq: Floats) -> tuple[Floats, Floats, Floats]:
-    """Return dH (…, h), dW_hq (h, q), db_q (q,) of ``linear``; dO is (…, q)."""
+def linear_backward(
+    dO: Floats, H: Floats, W_hq: Floats, *, out: Outs | None = None
+) -> tuple[Floats, Floats, Floats]:
+    """Return dH (…, h), dW_hq (h, q), db_q (q,) of ``linear``; dO is (…, q).
+
+    ``out`` may have arrays that dW_hq and db_q are written to, None for a new one.
+    """
     engine, (dO, H, W_hq), place = placed({"dO": dO, "H": H, "W_hq": W_hq})
     with there(engine):
         dO_, H_, W_hq_ = validate.linear_backward(dO, H, W_hq, place)
+        shapes = (W_hq_.shape, W_hq_.shape[1:])
+        outs = validate.outs(out, ("dW_hq", "db_q"), shapes, W_hq_.dtype, place)
     if engine is not None:
-        return operations.linear_backward(engine, dO_, H_, W_hq_)
+        return operations.linear_backward(engine, dO_, H_, W_hq_, outs)
     with quiet():
         dH, dW_hq, db_q = reference.linear_backward(dO_, H_, W_hq_)
     if not all(np.isfinite(a).all() for a in (dH, dW_hq, db_q)):
         validate.refuse_non_finite({"dO": dO_, "H": H_, "W_hq": W_hq_})
-    return dH, dW_hq, db_q
+    return dH, put(dW_hq, outs[0]), put(db_q, outs[1])

@@ -9,7 +9,7 @@ from gpurnn import validate
 from gpurnn.cuda import arrays
 from gpurnn.cuda.engines import Engine, GPUEngine, current_emulation
 
-__all__ = ["beside", "placed", "quiet", "there"]
+__all__ = ["beside", "placed", "put", "quiet", "there"]
 
 
 def quiet() -> np.errstate:
@@ -46,3 +46,11 @@ def beside(engine: Engine | None, arguments: dict[str, object]) -> tuple[list[An
             )
         values = list(taken.values())
     return values, validate.kernels_place(engine.xp)
+
+
+def put(result: Any, out: Any) -> Any:
+    """Return a result, or the array that it was to be written to, with it."""
+    if out is None or result is None or out is result:
+        return result
+    out[...] = result
+    return out

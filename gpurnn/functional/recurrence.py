@@ -10,12 +10,13 @@ from gpurnn import reference, segments, validate
 from gpurnn.activation import Activation, AnyActivation
 from gpurnn.cuda import operations
 from gpurnn.cuda.engines import Engine
-from gpurnn.functional.placing import beside, placed, quiet, there
+from gpurnn.functional.placing import beside, placed, put, quiet, there
 from gpurnn.planning import KERNELS, PRECISIONS, Group, Plan
 
 __all__ = ["RNNResiduals", "rnn_backward", "rnn_forward"]
 
 Floats = NDArray[Any]
+Outs = tuple[Floats | None, Floats | None, Floats | None]
 Ids = NDArray[Any]
 
 
@@ -155,7 +156,11 @@ def _residuals(
 
 
 def rnn_backward(
-    dH: Floats, residuals: RNNResiduals, *, xi: Floats | None = None
+    dH: Floats,
+    residuals: RNNResiduals,
+    *,
+    xi: Floats | None = None,
+    out: Outs | None = None,
 ) -> tuple[Floats | None, Floats, Floats, Floats, Floats | None]:
     """Backpropagate through the sequence of ``rnn_forward``.
 
@@ -167,6 +172,7 @@ def rnn_backward(
             give the full gradient, a zero at t cuts between t − 1 and t (truncated backpropagation
             through time), independent draws of Bernoulli(π)/π the randomized truncation, whose mean
             is the full gradient (9.7.1.3).
+        out: arrays that dW_xh, dW_hh and db_h are written to, None for a new one.
 
     Returns:
         dX (None for ids), dh_0 (n, h), dW_xh, dW_hh, db_h (None without bias).
@@ -180,26 +186,36 @@ def rnn_backward(
     with there(r.engine):
         shape = (*r.X.shape[:2], len(r.W_hh))
         dH_, xi_ = validate.rnn_backward(dH, shape, r.W_hh.dtype, xi, place)
+        shapes = (r.W_xh.shape, r.W_hh.shape, r.W_hh.shape[:1])
+        outs = validate.outs(out, ("dW_xh", "dW_hh", "db_h"), shapes, r.W_hh.dtype, place)
     if r.engine is not None and r.plan is not None:
-        dX, dh_0, dW_xh, dW_hh, db_h = _rnn_backward_by_kernels(r.engine, r.plan, r, dH_, xi_)
+        dX, dh_0, dW_xh, dW_hh, db_h = _rnn_backward_by_kernels(r.engine, r.plan, r, dH_, xi_, outs)
         return dX, dh_0, dW_xh, dW_hh, db_h if r.b_h is not None else None
     with quiet():
         dX, dh_0, dW_xh, dW_hh, db_h = _rnn_backward_by_reference(r, dH_, xi_)
     if not (np.isfinite(db_h).all() and np.isfinite(dh_0).all()):
         validate.refuse_non_finite({"dH": dH_, "xi": xi_})
+    dW_xh, dW_hh, db_h = map(put, (dW_xh, dW_hh, db_h), outs)
     return dX, dh_0, dW_xh, dW_hh, db_h if r.b_h is not None else None
 
 
 def _rnn_backward_by_kernels(
-    engine: Engine, plan: Plan, r: RNNResiduals, dH: Floats, xi: Floats | None
+    engine: Engine,
+    plan: Plan,
+    r: RNNResiduals,
+    dH: Floats,
+    xi: Floats | None,
+    outs: tuple[Floats | None, ...],
 ) -> segments.Gradients:
     if r.checkpoint_every is None:
         return operations.rnn_backward(
-            engine, plan, dH, r.X, r.states, r.Z, r.W_xh, r.W_hh, r.activation, xi
+            engine, plan, dH, r.X, r.states, r.Z, r.W_xh, r.W_hh, r.activation, xi, outs
         )
-    return operations.rnn_backward_by_segments(
+    dX, dh_0, *found = operations.rnn_backward_by_segments(
         engine, plan, r.checkpoint_every, dH, r.X, r.states, r.W_xh, r.W_hh, r.b_h, r.activation, xi
     )
+    dW_xh, dW_hh, db_h = map(put, found, outs)
+    return dX, dh_0, dW_xh, dW_hh, db_h
 
 
 def _rnn_backward_by_reference(
