@@ -4,14 +4,16 @@
 their address. A module is loaded from the bytes that ``cubin`` (replaced as well) made of a
 kernel's specification; calling its function takes the packed arguments apart again, as the machine
 code would. What is queued on a stream runs at once, kernels and cuBLAS's products on one that is
-captured when the graph is launched. What CuPy itself does to arrays is not captured.
+captured when the graph is launched, and so is what CuPy itself does to arrays, as far as it is in
+use there: assignments, additions in place, copies.
 ``cuLaunchKernelEx`` of cuda-bindings is replaced too, by one that takes its configuration apart.
 """
 
 import ctypes
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,15 +74,35 @@ class Array(np.ndarray):  # type: ignore[type-arg]
 
     def copy(self, *a: Any, **k: Any) -> Any:
         self._here()
-        return FakeCuPy.latest.noted(super().copy(*a, **k))
+        made = FakeCuPy.latest.noted(super().copy(*a, **k))
+        if FakeCuPy.latest.stream.captured is not None:
+            made[...] = self
+        return made
 
     def fill(self, value: Any) -> None:
         self._here()
-        super().fill(value)
+        FakeCuPy.latest.queue(lambda: np.ndarray.fill(self, value))
 
     def __iadd__(self, other: Any) -> Any:
         self._here()
-        return super().__iadd__(other)
+        whole = super().__iadd__
+        FakeCuPy.latest.queue(lambda: whole(other))
+        return self
+
+    def __setitem__(self, where: Any, value: Any) -> None:
+        self._here()
+        assert not isinstance(value, np.ndarray) or isinstance(value, Array) or not value.ndim
+        FakeCuPy.latest.queue(lambda: np.ndarray.__setitem__(self, where, value))
+
+    def get(self, stream: Any = None, out: Any = None, *, blocking: bool = True) -> Any:
+        """Return, or write, a copy in the host's memory."""
+        self._here()
+        assert FakeCuPy.latest.stream.captured is None
+        assert blocking or stream is FakeCuPy.latest.stream
+        if out is None:
+            return np.array(self.view(np.ndarray))
+        out[...] = self.view(np.ndarray)
+        return out
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return 2, self.device.id
@@ -255,11 +277,21 @@ class Graph:
     def __init__(self, fake: "FakeCuPy", work: list[Callable[[], None]]) -> None:
         self.fake, self.work = fake, work
 
-    def launch(self) -> None:
-        assert self.fake.stream.captured is None, "a graph within a graph"
+    def launch(self, stream: "Stream | None" = None) -> None:
+        assert (stream or self.fake.stream).captured is None, "a graph within a graph"
         self.fake.replays.append(len(self.work))
         for one in self.work:
             one()
+
+
+class Pool:
+    """Memory of its own; here it gives nothing out twice."""
+
+    def __init__(self, fake: "FakeCuPy") -> None:
+        self.owners: list[Any] = []
+
+    def malloc(self, size: int) -> Any:
+        """Name the pool: who allocates looks at whose method it is."""
 
 
 class FakeCuPy(types.ModuleType):
@@ -303,6 +335,8 @@ class FakeCuPy(types.ModuleType):
             Event=lambda disable_timing=False: Event(self, disable_timing=disable_timing),
             get_current_stream=lambda: self.stream,
             alloc_pinned_memory=self._pinned,
+            MemoryPool=lambda: Pool(self),
+            using_allocator=self._using,
             runtime=types.SimpleNamespace(
                 CUDARuntimeError=CUDARuntimeError,
                 deviceGetAttribute=lambda attribute, device: ATTRIBUTES[attribute],
@@ -341,6 +375,15 @@ class FakeCuPy(types.ModuleType):
         kept = [(begin, size) for _, begin, size in self.memory]
         kept += [(pinned.ptr, len(pinned)) for pinned in self.pinned]
         return any(begin <= address and address + nbytes <= begin + size for begin, size in kept)
+
+    @contextmanager
+    def _using(self, malloc: Any) -> Iterator[None]:
+        """Allocate within the context from a pool, whose memory no one else gets."""
+        before, self.pool = self.pool, malloc.__self__.owners
+        try:
+            yield
+        finally:
+            self.pool = before
 
     def noted(self, array: Any) -> Any:
         """Return an array that NumPy made, whose memory is one of the device's now."""
@@ -396,7 +439,7 @@ class FakeCuPy(types.ModuleType):
         owner = np.empty(a.nbytes + ALIGNMENT, np.uint8)
         begin = -owner.ctypes.data % ALIGNMENT
         array = owner[begin : begin + a.nbytes].view(a.dtype).reshape(a.shape).view(Array)
-        array[...] = a
+        array.view(np.ndarray)[...] = a
         array._device = FakeCuPy.current
         if self.pool is not None:
             self.pool.append(owner)
@@ -408,7 +451,11 @@ class FakeCuPy(types.ModuleType):
             if self.allocations_left == 0:
                 raise MemoryError("out of memory on a GPU that is none")
             self.allocations_left -= 1
-        return self.new(make())
+        made, value = self.new(make()), make()
+        if self.stream.captured is not None:  # a replay clears, or finds anything, there again
+            bare = made.view(np.ndarray)
+            self.queue(lambda: bare.__setitem__(..., value))
+        return made
 
     def empty(self, shape: Any, dtype: Any) -> Any:
         poison = 0xFF if np.dtype(dtype) == np.uint8 else np.nan
@@ -441,6 +488,11 @@ class FakeCuPy(types.ModuleType):
 
     def argwhere(self, a: Any) -> Any:
         return np.argwhere(a)
+
+    def array(self, a: Any) -> Any:
+        """Return a copy on the device of a NumPy array, or of one that is there."""
+        assert self.stream.captured is None, "a copy from memory that may be gone"
+        return self.new(np.asarray(a).view(np.ndarray))
 
     def asarray(self, a: Any, dtype: Any = None, order: str = "C") -> Any:
         assert isinstance(a, Array)

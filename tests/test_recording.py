@@ -1,0 +1,109 @@
+"""Work that is done again: as it is, captured, replayed."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import fake_cupy
+import numpy as np
+import pytest
+from fake_cupy import FakeCuPy
+
+from gpurnn import planning
+from gpurnn.cuda.engines import EmulatedEngine, GPUEngine
+from gpurnn.cuda.recording import recorder
+
+H100 = planning.limits("device", "H100")
+
+
+@pytest.fixture
+def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuPy]:
+    yield fake_cupy.install(monkeypatch)
+    fake_cupy.clear()
+
+
+def counting(xp: Any, total: Any, calls: list[Any]) -> Any:
+    def run() -> None:
+        calls.append(total)
+        one = xp.zeros(3, np.float32)  # allocated anew each time
+        one += np.float32(1)
+        total.__iadd__(one)
+
+    return run
+
+
+def test_first_as_it_is_then_captured_then_replayed(cupy: FakeCuPy) -> None:
+    engine = GPUEngine(2)
+    with engine.here():
+        total = cupy.zeros(3, np.float32)
+        other = cupy.zeros(3, np.float32)
+    calls: list[Any] = []
+    record = recorder(engine)
+    for done in range(5):
+        record.again("a", counting(cupy, total, calls))
+        assert len(cupy.replays) == done
+    for _ in range(3):
+        record.again("b", counting(cupy, other, calls))
+    assert [a is total for a in calls] == [True, True, False, False]  # twice each, then no more
+    with engine.here():
+        assert total.get().tolist() == [5, 5, 5]
+        assert other.get().tolist() == [3, 3, 3]
+    assert cupy.current.id == 0
+
+
+def test_what_is_read_is_what_was_queued_before(cupy: FakeCuPy) -> None:
+    engine = GPUEngine(0)
+    total = cupy.zeros((2, 3), np.float64)
+    record = recorder(engine)
+
+    def run() -> None:
+        total.__iadd__(np.float64(1))
+
+    record.again("a", run)
+    read = record.read(total[1:])
+    found = read()
+    assert found.shape == (1, 3)
+    assert found.tolist() == [[1, 1, 1]]
+    event = cupy.order[-1][2]
+    assert cupy.order[-2:] == [("record", cupy.order[-2][1], event), ("synchronize", 0, event)]
+    record.settle()
+
+
+def test_a_capture_that_fails_is_ended_and_tried_again(cupy: FakeCuPy) -> None:
+    record = recorder(GPUEngine(0))
+    fails: list[bool] = [False, True, False]
+
+    def run() -> None:
+        if fails.pop(0):
+            raise MemoryError("no more")
+
+    record.again("a", run)
+    with pytest.raises(MemoryError, match="no more"):
+        record.again("a", run)
+    assert cupy.stream.captured is None
+    record.again("a", run)
+    assert fails == []
+
+
+def test_what_is_recorded_runs_as_if_it_were_captured(cupy: FakeCuPy) -> None:
+    engine = GPUEngine(0)
+    seen: list[bool] = []
+    record = recorder(engine)
+    record.again("a", lambda: seen.append(engine.capturing()))
+    record.again("a", lambda: seen.append(engine.capturing()))
+    assert seen == [True, True]
+    assert not engine.capturing()
+
+
+def test_the_emulator_does_all_at_once() -> None:
+    record = recorder(EmulatedEngine(H100, None, check_races=True))
+    total = np.zeros(2)
+
+    def run() -> None:
+        total.__iadd__(1)
+
+    for _ in range(3):
+        record.again("a", run)
+    read = record.read(total)
+    record.again("a", run)
+    assert read().tolist() == [3, 3]
+    record.settle()
