@@ -124,7 +124,7 @@ class LanguageModel:
         state: Floats | None = None,
         *,
         xi: Floats | None = None,
-        rng: np.random.Generator | None = None,
+        noise: tuple[int, int] | None = None,
     ) -> tuple[float, dict[str, Floats], Floats]:
         """One pass forward and back.
 
@@ -132,23 +132,23 @@ class LanguageModel:
             X: (T, n) ids. Y: (T, n), the ids one step later.
             state: before the first step; None is zeros. No gradient flows into it.
             xi: (T,) factors that truncate, see ``functional.rnn_backward``; None is full.
-            rng: draws the dropout mask; None leaves dropout out.
+            noise: the seed of dropout and the number of the update, which decide what it drops; see
+                ``functional.dropout``. None leaves dropout out.
 
         Returns:
             The mean cross-entropy over all T·n targets, the gradients by name, the final state.
         """
         W_hq, E = self._own["W_hq"], self._own.get("E")
         H, state, residuals = self.rnn.forward(self._inputs(X), state)
-        mask = None
-        if rng is not None and self.dropout > 0:  # kept values grow, so that the mean stays
-            kept = rng.random(H.shape, dtype=np.float32) >= self.dropout
-            mask = kept.astype(H.dtype) / H.dtype.type(1 - self.dropout)
-            H = H * mask
+        dropped = noise if self.dropout else None
+        if dropped is not None:
+            seed, update = dropped
+            H = F.dropout(H, self.dropout, seed=seed, update=update)
         O = F.linear(H, W_hq, self._own.get("b_q"))
         mean, dO = F.cross_entropy(O, Y)
         dH, dW_hq, db_q = F.linear_backward(dO, H, W_hq)
-        if mask is not None:
-            dH *= mask
+        if dropped is not None:
+            dH = F.dropout(dH, self.dropout, seed=seed, update=update)
         dX, _, grads = self.rnn.backward(dH, residuals, xi=xi)
         grads["W_hq"] = dW_hq
         if "b_q" in self._own:

@@ -12,7 +12,7 @@ Sizes past h are padding: weights of 0 that are never stored, in registers and s
 
 from typing import NamedTuple
 
-__all__ = ["LINE", "VECTOR", "WARP", "Share", "TensorShare", "Tile"]
+__all__ = ["LINE", "VECTOR", "WARP", "OneBlock", "Share", "Softmax", "TensorShare", "Tile"]
 
 WARP = 32
 LINE = 16
@@ -237,3 +237,24 @@ class TensorShare(NamedTuple):
     def shared_bytes(self) -> int:
         """Bytes of dynamic shared memory."""
         return self.itemsize * self.shared_values + 4 * self.shared_sums
+
+
+class Softmax(NamedTuple):
+    """Sizes of a cross-entropy kernel, and what it computes.
+
+    A warp has a row, of which each lane holds up to ``columns`` numbers in registers; 0 stands for
+    a block a row. The ``gradient`` is written or not, labels are ``smoothed`` or not, the logits
+    are ``biased`` in the same pass or not.
+    """
+
+    columns: int
+    threads: int
+    gradient: bool = True
+    smoothed: bool = False
+    biased: bool = False
+
+
+class OneBlock(NamedTuple):
+    """A kernel of one block, of so many ``threads`` at most."""
+
+    threads: int

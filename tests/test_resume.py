@@ -80,21 +80,25 @@ def test_without_validation_the_model_is_that_of_the_last_whole_epoch(
 
 
 def test_failed_update_draws_nothing(config: TrainingConfig, out: Path) -> None:
-    session = start(config, out)
+    session = start(dataclasses.replace(config, bptt="randomized", tau=2), out)
     trainer = session.run.trainer
     inner = session.run.model.loss_and_gradients
     noise: list[Any] = []
+    masks: list[Any] = []
 
     def diverges(*args: Any, **options: Any) -> Any:
         noise.append(trainer._noise_rng.bit_generator.state)
+        masks.append(options["noise"])
         mean, grads, state = inner(*args, **options)
         return (mean if len(noise) < 3 else np.nan), grads, state
 
     session.run.model.loss_and_gradients = diverges  # type: ignore[method-assign]
     with pytest.raises(TrainingDiverged, match="update 3"):
         session.train()
-    assert noise[1] != noise[2]  # dropout draws
-    assert trainer._noise_rng.bit_generator.state == noise[2]
+    assert noise[0] != noise[1]  # truncation draws, before the update is tried
+    assert trainer._noise_rng.bit_generator.state == noise[1]
+    assert masks == [(masks[0][0], step) for step in range(3)]
+    assert trainer.progress.step == 2
 
 
 def test_divergence_is_told_even_if_it_cannot_be_saved(config: TrainingConfig, out: Path) -> None:

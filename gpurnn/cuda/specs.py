@@ -41,6 +41,10 @@ ARGUMENTS: dict[str, tuple[int | str, ...]] = {
     "layer_backward": (1, 1, 1),
     "tail_forward": ("r2", 3, 3, 1, "i"),
     "tail_backward": ("r2", 3, 3, 3, "i"),
+    "cross_entropy": (2, 2, "ids", "r1", 1, "r1", "counts", "i", "i"),
+    "target_count": ("ids", "counts", "i"),
+    "loss_mean": ("r1", "counts", "doubles", "i"),
+    "dropout": (1, 1, "r1", "counts", "i", "i", "i", "i"),
     "probe_launch": (),
     "probe_l2": ("report", "report", "i"),
     "probe_remote": ("report", "i"),
@@ -63,6 +67,10 @@ Kind = Literal[
     "layer_backward",
     "tail_forward",
     "tail_backward",
+    "cross_entropy",
+    "target_count",
+    "loss_mean",
+    "dropout",
     "probe_launch",
     "probe_l2",
     "probe_remote",
@@ -78,7 +86,8 @@ class KernelSpec:
     """A kernel, and what it is compiled for.
 
     ``kind`` is a key of ``ARGUMENTS``. ``sizes`` is the tile of a resident kernel, the share of a
-    group kernel, the side of a tiled one, None where any block of up to 256 threads will do.
+    group kernel, the side of a tiled one, those of a softmax, None where any block of up to 256
+    threads will do.
     ``scaled`` backward kernels take ξ as well. ``exchange`` is that of a group kernel. A probe is
     one kernel whatever its activation and dtype.
     """
@@ -127,7 +136,18 @@ def build(spec: KernelSpec) -> Callable[..., None]:
     """Return the kernel's Python function."""
     from numba.cuda import types
 
-    from gpurnn.kernels import activations, group, layer, probes, resident, step, tail
+    from gpurnn.kernels import (
+        activations,
+        cross_entropy,
+        dropout,
+        group,
+        layer,
+        loss_mean,
+        probes,
+        resident,
+        step,
+        tail,
+    )
     from gpurnn.kernels.storage import STORAGES
 
     storage = STORAGES[spec.dtype]
@@ -162,6 +182,14 @@ def build(spec: KernelSpec) -> Callable[..., None]:
             made = tail.forward(pair, storage)
         case "tail_backward":
             made = tail.backward(pair, storage, scaled=spec.scaled)
+        case "cross_entropy":
+            made = cross_entropy.cross_entropy(sizes, storage)
+        case "target_count":
+            made = loss_mean.target_count()
+        case "loss_mean":
+            made = loss_mean.loss_mean(storage)
+        case "dropout":
+            made = dropout.dropout(storage)
         case _:
             made = getattr(probes, spec.kind)
     return made

@@ -10,14 +10,14 @@ is not finite are the arguments searched, and the first that holds such a value 
 that overflowed from finite arguments is returned as it is.
 
 Where the arrays lie decides what runs: NumPy arrays go to ``gpurnn.reference``. The functions of
-the layers (``rnn_forward`` to ``linear_backward``) also take arrays on a CUDA GPU, of CuPy or any
-library that hands them out by DLPack or ``__cuda_array_interface__``, all on one device; they run
-``gpurnn.kernels`` there, on CuPy's current stream, without waiting for the result, and return CuPy
-arrays. Within ``gpurnn.emulated()`` they run the same kernels on NumPy arrays. Kernels also take
-float16 and bfloat16: products of such numbers are summed as float32 (on tensor cores in the order
-and by the rounding of the hardware), each array of a result is rounded once. The group kernel
-multiplies dZ as it is rounded. Nothing is copied between host and device, and nothing falls back in
-silence.
+the layers (``rnn_forward`` to ``linear_backward``), the losses and ``dropout`` also take arrays on
+a CUDA GPU, of CuPy or any library that hands them out by DLPack or ``__cuda_array_interface__``,
+all on one device; they run ``gpurnn.kernels`` there, on CuPy's current stream, without waiting for
+the result, and return CuPy arrays. Within ``gpurnn.emulated()`` they run the same kernels on NumPy
+arrays. Kernels also take float16 and bfloat16: products of such numbers are summed as float32 (on
+tensor cores in the order and by the rounding of the hardware), each array of a result is rounded
+once. The group kernel multiplies dZ as it is rounded. Nothing is copied between host and device,
+and nothing falls back in silence.
 
 Nobody looks for NaN in what kernels compute, which would mean to wait; an infinite gradient makes
 NaN of a whole column of dW_xh where X are ids. The same arguments give the same bits each time,
@@ -39,6 +39,7 @@ from gpurnn.functional.layers import (
     linear_backward,
 )
 from gpurnn.functional.losses import cross_entropy, negative_log_likelihood
+from gpurnn.functional.noise import dropout
 from gpurnn.functional.recurrence import RNNResiduals, rnn_backward, rnn_forward
 from gpurnn.functional.tokens import embedding, embedding_backward
 
@@ -46,6 +47,7 @@ __all__ = [
     "HiddenResiduals",
     "RNNResiduals",
     "cross_entropy",
+    "dropout",
     "embedding",
     "embedding_backward",
     "hidden_layer",

@@ -6,7 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpurnn import reference, validate
-from gpurnn.functional.placing import quiet
+from gpurnn.cuda import losses
+from gpurnn.cuda.engines import EmulatedEngine
+from gpurnn.functional.placing import placed, quiet, there
 
 __all__ = ["cross_entropy", "negative_log_likelihood"]
 
@@ -14,32 +16,76 @@ Floats = NDArray[Any]
 Ids = NDArray[Any]
 
 
-def cross_entropy(O: Floats, targets: Ids) -> tuple[float, Floats]:
+def cross_entropy(
+    O: Floats,
+    targets: Ids,
+    *,
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    check_ids: bool = True,
+) -> tuple[Any, Floats]:
     """Softmax and cross-entropy of all rows at once.
 
     Args:
-        O: (…, q) logits. targets: (…) integer ids in [0, q).
+        O: (…, q) logits. targets: (…) integer ids in [0, q), or ``ignore_index``.
+        ignore_index: rows with this target do not count: neither in the mean, nor has their
+            gradient anything but zeros. It need not be an id.
+        label_smoothing: ε in [0, 1). What is held against the softmax is then not the one-hot
+            vector of the target but (1 − ε) onehot + ε/q.
+        check_ids: False where targets on a GPU are known to be such: to look means to wait for the
+            GPU, and cannot be captured in a CUDA graph. One that is none makes the loss NaN.
 
     Returns:
-        loss: mean over all rows of −log softmax(O)[target], natural logarithm, summed in float64.
+        loss: mean over the rows that count of −log softmax(O)[target], natural logarithm, summed in
+            float64; a float, or on a GPU a float64 array without axes, for which nothing waits.
         dO: (…, q), its gradient (softmax(O) − onehot(target)) / rows.
 
+    Where targets are there but all of them ignored, the loss is NaN, as it is in PyTorch, and dO 0.
+    For float16, dO is rounded to multiples of 2⁻²⁴: too coarse where there are many rows.
+
     Raises:
-        TypeError, ValueError: as above; also where there is no row at all, or O holds a NaN.
+        TypeError, ValueError: as above; also where there is no row at all, or a NumPy O holds a NaN
+            in a row that counts.
     """
-    O_, targets_ = validate.cross_entropy(O, targets)
+    engine, (O, targets), place = placed({"O": O, "targets": targets})
+    with there(engine):
+        O_, targets_, ignored, smoothing = validate.cross_entropy(
+            O, targets, ignore_index, label_smoothing, place, check_ids=check_ids
+        )
+    if engine is not None:
+        with there(engine):
+            dO = engine.xp.empty_like(O_)
+        mean, dO = losses.cross_entropy(
+            engine, O_, targets_, ignore_index=ignored, label_smoothing=smoothing, dO=dO
+        )
+        loss = float(mean[0]) if isinstance(engine, EmulatedEngine) else mean.reshape(())
+        return loss, dO.reshape(O.shape)
     with quiet():
-        loss, dO = reference.cross_entropy(O_, targets_)
-    if np.isnan(loss):
+        loss, dO = reference.cross_entropy(O_, targets_, ignored, smoothing)
+    if np.isnan(loss) and (ignored is None or (targets_ != ignored).any()):
         validate.refuse_non_finite({"O": O})
     return loss, dO.reshape(np.shape(O))
 
 
-def negative_log_likelihood(O: Floats, targets: Ids) -> Floats:
-    """−log softmax(O)[target] of each row: O (…, q), targets (…) → (…), natural logarithm."""
-    O_, targets_ = validate.negative_log_likelihood(O, targets)
+def negative_log_likelihood(
+    O: Floats, targets: Ids, *, ignore_index: int | None = None, check_ids: bool = True
+) -> Floats:
+    """−log softmax(O)[target] of each row: O (…, q), targets (…) → (…), natural logarithm.
+
+    It has O's dtype, but float32 where that is float16 or bfloat16. Rows whose target is
+    ``ignore_index`` have 0: a mean must leave them out of the count. ``check_ids`` is that of
+    ``cross_entropy``.
+    """
+    engine, (O, targets), place = placed({"O": O, "targets": targets})
+    with there(engine):
+        O_, targets_, ignored, _ = validate.negative_log_likelihood(
+            O, targets, ignore_index, place, check_ids=check_ids
+        )
+    if engine is not None:
+        nll = losses.negative_log_likelihood(engine, O_, targets_, ignore_index=ignored)
+        return nll.reshape(targets.shape)  # type: ignore[no-any-return]
     with quiet():
-        nll = reference.negative_log_likelihood(O_, targets_)
+        nll = reference.negative_log_likelihood(O_, targets_, ignored)
     if np.isnan(nll).any():
         validate.refuse_non_finite({"O": O})
     return nll.reshape(np.shape(targets))

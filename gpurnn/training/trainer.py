@@ -80,9 +80,10 @@ class Trainer:
             momentum=config.momentum,
             weight_decay=config.weight_decay,
         )
-        batches, noise = np.random.SeedSequence(config.seed).spawn(2)
+        batches, noise, dropout = np.random.SeedSequence(config.seed).spawn(3)
         self._batch_rng = np.random.Generator(np.random.PCG64(batches))
         self._noise_rng = np.random.Generator(np.random.PCG64(noise))
+        self._dropout_seed = int(dropout.generate_state(1, np.uint64)[0])
         self._epoch_rng_state = self._batch_rng.bit_generator.state  # before the epoch's draw
         self._hidden: Floats | None = None  # carried from batch to batch
         self._best: dict[str, Floats] = {}
@@ -157,7 +158,7 @@ class Trainer:
                 Y,
                 self._hidden,
                 xi=self._truncation(len(X), self.model.rnn.dtype),
-                rng=self._noise_rng if c.dropout else None,
+                noise=(self._dropout_seed, p.step) if c.dropout else None,
             )
             norm = clip_global_norm(grads, c.clip)
             if math.isfinite(loss) and math.isfinite(norm):
