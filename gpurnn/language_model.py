@@ -165,8 +165,9 @@ class LanguageModel:
         state: Floats | None = None,
         *,
         xi: Floats | None = None,
-        rng: np.random.Generator | None = None,
+        noise: tuple[int, int | Ids] | None = None,
         check_ids: bool = True,
+        out: Mapping[str, Floats] | None = None,
     ) -> tuple[float, dict[str, Floats], Floats]:
         """One pass forward and back.
 
@@ -174,32 +175,38 @@ class LanguageModel:
             X: (T, n) ids. Y: (T, n), the ids one step later.
             state: before the first step; None is zeros. No gradient flows into it.
             xi: (T,) factors that truncate, see ``functional.rnn_backward``; None is full.
-            rng: draws the dropout mask; None leaves dropout out.
+            noise: the seed of dropout and the number of the update, which decide what it drops; see
+                ``functional.dropout``. None leaves dropout out.
+            check_ids: False where ids on a GPU are known to be right, see
+                ``functional.rnn_forward``.
+            out: arrays that the gradients are written to, by name. None for new ones.
 
         Returns:
-            The mean cross-entropy over all T·n targets, the gradients by name, the final state.
+            The mean cross-entropy over all T·n targets, the gradients by name, the final state. On
+            a GPU the mean is a float64 array without axes, and nothing waits for it.
         """
-        W_hq, E = self._own["W_hq"], self._own.get("E")
+        W_hq, b_q, E = self._own["W_hq"], self._own.get("b_q"), self._own.get("E")
         X, Y = self._beside(X), self._beside(Y)
         inputs = self._inputs(X, check_ids=check_ids)
         H, state, residuals = self.rnn.forward(inputs, state, check_ids=check_ids)
-        mask = None
-        if rng is not None and self.dropout > 0:  # kept values grow, so that the mean stays
-            kept = rng.random(H.shape, dtype=np.float32) >= self.dropout
-            mask = kept.astype(H.dtype) / H.dtype.type(1 - self.dropout)
-            H = H * mask
-        O = F.linear(H, W_hq, self._own.get("b_q"))
-        mean, dO = F.cross_entropy(O, Y)
-        dH, dW_hq, db_q = F.linear_backward(dO, H, W_hq)
-        if mask is not None:
-            dH *= mask
-        dX, _, grads = self.rnn.backward(dH, residuals, xi=xi)
+        dropped = noise if self.dropout else None
+        if dropped is not None:
+            seed, update = dropped
+            H = F.dropout(H, self.dropout, seed=seed, update=update)
+        outs = None if out is None else (out["W_hq"], out.get("b_q"))
+        mean, dH, dW_hq, db_q = F.linear_cross_entropy(
+            H, W_hq, b_q, Y, check_ids=check_ids, out=outs
+        )
+        if dropped is not None:
+            dH = F.dropout(dH, self.dropout, seed=seed, update=update)
+        dX, _, grads = self.rnn.backward(dH, residuals, xi=xi, out=out)
         grads["W_hq"] = dW_hq
-        if "b_q" in self._own:
+        if b_q is not None:
             grads["b_q"] = db_q
         if E is not None:
             assert dX is not None
-            grads["E"] = F.embedding_backward(dX, X, len(E))
+            into = None if out is None else out["E"]
+            grads["E"] = F.embedding_backward(dX, X, len(E), check_ids=check_ids, out=into)
         return mean, grads, state
 
     def negative_log_likelihood(

@@ -15,12 +15,13 @@ Sampling and the cuts of randomized truncation take the first of the four words;
 array whose values are dropped, counted in C order, takes the one with number e % 4.
 """
 
+import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["CUTS", "DROPOUT", "SAMPLING", "key", "uniform", "words"]
+__all__ = ["CUTS", "DROPOUT", "LOWER", "SAMPLING", "below", "key", "uniform", "words"]
 
 Words = NDArray[np.uint32]
 
@@ -58,3 +59,12 @@ def words(
 def uniform(drawn: Words) -> NDArray[Any]:
     """Return the upper 24 bits of each word as a float32 in [0, 1), exactly."""
     return (drawn >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24)
+
+
+def below(p: float) -> int:
+    """Return how many of the 2²⁴ values of ``uniform`` are less than p, for 0 ≤ p ≤ 1.
+
+    So a word's upper 24 bits, as a number, are that or more where its value is p or more: exactly,
+    in whatever type p would be compared.
+    """
+    return math.ceil(p * 2**24)

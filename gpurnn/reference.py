@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gpurnn import philox
 from gpurnn.activation import AnyActivation
 
 __all__ = [
     "cross_entropy",
+    "dropout",
     "embedding_backward",
     "hidden_layer",
     "hidden_layer_backward",
@@ -174,30 +176,59 @@ def hidden_layer_backward(
     return linear_backward(dZ, X, W_xh)
 
 
-def negative_log_likelihood(O: Floats, targets: Ids) -> Floats:
-    """−log softmax(O)[target] for each row: O (N, q), targets (N,) give (N,)."""
+def negative_log_likelihood(O: Floats, targets: Ids, ignored: int | None = None) -> Floats:
+    """−log softmax(O)[target] for each row: O (N, q), targets (N,) give (N,), 0 where ignored."""
+    counts = np.full(len(targets), True) if ignored is None else targets != ignored
     shifted = O - O.max(axis=1, keepdims=True)
-    at_target = shifted[np.arange(len(targets)), targets]
+    at_target = shifted[np.arange(len(targets)), np.where(counts, targets, 0)]
     np.exp(shifted, out=shifted)
     nll: Floats = np.log(shifted.sum(axis=1))
     nll -= at_target
+    nll[~counts] = 0
     return nll
 
 
-def cross_entropy(O: Floats, targets: Ids) -> tuple[float, Floats]:
-    """Mean of −log softmax(O)[target] over the N rows, and its gradient (p − onehot)/N.
+def cross_entropy(
+    O: Floats, targets: Ids, ignored: int | None = None, smoothing: float = 0.0
+) -> tuple[float, Floats]:
+    """Mean of −Σ t log softmax(O) over the N rows, and its gradient (p − t)/N.
 
-    The largest logit of each row is subtracted first, so nothing overflows; the N losses are added
-    in float64.
+    t is (1 − ε) onehot + ε/q, ε the smoothing. Rows whose target is ignored are not counted in N;
+    their gradient is 0. The largest logit of each row is subtracted first, so nothing overflows;
+    the N losses are added in float64.
     """
-    N = len(targets)
-    rows = np.arange(N)
+    counts = np.full(len(targets), True) if ignored is None else targets != ignored
+    N, q = int(np.count_nonzero(counts)), O.shape[1]
+    rows, targets = np.arange(len(targets)), np.where(counts, targets, 0)
+    eps = O.dtype.type(smoothing)
+    on, off = 1 - eps, eps / O.dtype.type(q)
     P = O - O.max(axis=1, keepdims=True)
-    at_target = P[rows, targets]
+    losses = -on * P[rows, targets]
+    if smoothing:
+        losses -= off * P.sum(axis=1)
     np.exp(P, out=P)
     total = P.sum(axis=1, keepdims=True)
-    loss = float(np.mean(np.log(total[:, 0]) - at_target, dtype=np.float64))
+    losses += np.log(total[:, 0])
+    loss = float(losses[counts].sum(dtype=np.float64)) / N if N else math.nan
     P /= total
-    P[rows, targets] -= 1
-    P /= N
+    if smoothing:
+        P -= off
+    P[rows, targets] -= on
+    P[~counts] = 0
+    P /= max(N, 1)
     return loss, P
+
+
+ELEMENTS_AT_A_TIME = 1 << 16  # of a mask: what is computed on the way stays in the cache
+
+
+def dropout(H: Floats, p: float, seed: int, update: int) -> Floats:
+    """H · mask / (1 − p): element e is kept where the uniform number of its word is p or more."""
+    Y: Floats = H * H.dtype.type(1 / (1 - p))
+    flat, least = Y.reshape(-1), philox.below(p) << 8
+    for start in range(0, flat.size, ELEMENTS_AT_A_TIME):
+        part = flat[start : start + ELEMENTS_AT_A_TIME]
+        calls = np.arange(start // 4, (start + part.size + 3) // 4, dtype=np.uint64)
+        words = philox.words(seed, calls, calls >> np.uint64(32), update, philox.DROPOUT)
+        part[words.reshape(-1)[: part.size] < least] = 0
+    return Y

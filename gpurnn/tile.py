@@ -12,7 +12,18 @@ Sizes past h are padding: weights of 0 that are never stored, in registers and s
 
 from typing import NamedTuple
 
-__all__ = ["ADDED_AT_ONCE", "LINE", "VECTOR", "WARP", "Scatter", "Share", "TensorShare", "Tile"]
+__all__ = [
+    "ADDED_AT_ONCE",
+    "LINE",
+    "VECTOR",
+    "WARP",
+    "OneBlock",
+    "Scatter",
+    "Share",
+    "Softmax",
+    "TensorShare",
+    "Tile",
+]
 
 WARP = 32
 LINE = 16
@@ -271,3 +282,24 @@ class Scatter(NamedTuple):
     def shared(self) -> int:
         """Bytes of static shared memory: the list, and two counts of each warp."""
         return 6 * self.room + 8 * self.threads // WARP
+
+
+class Softmax(NamedTuple):
+    """Sizes of a cross-entropy kernel, and what it computes.
+
+    A warp has a row, of which each lane holds up to ``columns`` numbers in registers; 0 stands for
+    a block a row. The ``gradient`` is written or not, labels are ``smoothed`` or not, the logits
+    are ``biased`` in the same pass or not.
+    """
+
+    columns: int
+    threads: int
+    gradient: bool = True
+    smoothed: bool = False
+    biased: bool = False
+
+
+class OneBlock(NamedTuple):
+    """A kernel of one block, of so many ``threads`` at most."""
+
+    threads: int

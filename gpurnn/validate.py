@@ -19,6 +19,7 @@ from gpurnn.planning import DTYPES, MOST_ROWS, dtype_name
 
 __all__ = [
     "HOST",
+    "LossArguments",
     "NonFiniteError",
     "Place",
     "RNNArguments",
@@ -30,6 +31,7 @@ __all__ = [
     "axes",
     "choice",
     "cross_entropy",
+    "dropout",
     "dtype",
     "embedding",
     "embedding_backward",
@@ -191,22 +193,75 @@ def embedding_backward(
     return dX_, ids_, rows
 
 
-def cross_entropy(O: object, targets: object) -> tuple[Floats, Ids]:
+class LossArguments(NamedTuple):
+    """What a loss may rely on: rows of O (N, q), and as many targets (N,)."""
+
+    O: Floats
+    targets: Ids
+    ignored: int | None
+    smoothing: float = 0.0
+
+
+def cross_entropy(
+    O: object,
+    targets: object,
+    ignore_index: object = None,
+    label_smoothing: object = 0.0,
+    place: Place = HOST,
+    *,
+    check_ids: bool = True,
+) -> LossArguments:
     """Check the arguments of ``functional.cross_entropy``: at least one row, all rows flat."""
-    O_, targets_ = negative_log_likelihood(O, targets)
-    if targets_.size == 0:
-        shape = array("targets", targets).shape
+    smoothing = number(
+        "label_smoothing", label_smoothing, "a number in [0, 1)", lambda x: 0 <= x < 1
+    )
+    found = negative_log_likelihood(O, targets, ignore_index, place, check_ids=check_ids)
+    if found.targets.size == 0:
+        shape = array("targets", targets, place).shape
         raise ValueError(f"targets has shape {shape}: a mean needs at least one row")
-    return O_, targets_
+    return found._replace(smoothing=smoothing)
 
 
-def negative_log_likelihood(O: object, targets: object) -> tuple[Floats, Ids]:
+def negative_log_likelihood(
+    O: object,
+    targets: object,
+    ignore_index: object = None,
+    place: Place = HOST,
+    *,
+    check_ids: bool = True,
+) -> LossArguments:
     """Check the arguments of ``functional.negative_log_likelihood``; the rows come back flat."""
-    O_ = _floats("O", O, "(…, q)", None)
+    ignored = None
+    if ignore_index is not None:
+        ignored = at_least("ignore_index", ignore_index, -MOST_ROWS)
+        if ignored >= MOST_ROWS:
+            raise ValueError(f"ignore_index is {ignored}: expected less than 2³¹")
+    O_ = _floats("O", O, "(…, q)", None, place=place)
     q = O_.shape[-1]
-    targets_ = token_ids("targets", targets, q, "O", axis="columns")
+    targets_ = token_ids(
+        "targets", targets, q, "O", "columns", place, check=check_ids, ignored=ignored
+    )
     _shape("targets", targets_, "O's leading axes", O_.shape[:-1])
-    return O_.reshape(targets_.size, q), targets_.reshape(-1)
+    if place is not HOST and max(targets_.size, q) >= MOST_ROWS:
+        raise ValueError(f"O has shape {O_.shape}: expected less than 2³¹ rows and columns")
+    return LossArguments(O_.reshape(targets_.size, q), targets_.reshape(-1), ignored)
+
+
+def dropout(
+    H: object, p: object, seed: object, update: object, place: Place = HOST
+) -> tuple[Floats, float, int, int | Ids]:
+    """Check the arguments of ``functional.dropout``; an update in an array comes back flat."""
+    p_ = number("p", p, "a probability in [0, 1)", lambda x: 0 <= x < 1)
+    seed_ = at_least("seed", seed, 0)
+    H_ = _floats("H", H, "(…)", None, place=place)
+    if not isinstance(update, place.xp.ndarray):
+        return H_, p_, seed_, at_least("update", update, 0)
+    update_ = array("update", update, place)
+    if update_.dtype != np.int64:
+        raise TypeError(f"update has dtype {update_.dtype}: expected int64, or an integer")
+    if update_.size != 1:
+        raise ValueError(f"update has shape {update_.shape}: expected one number, (1,)")
+    return H_, p_, seed_, update_.reshape(()) if place is HOST else update_.reshape(-1)
 
 
 def activation(value: object) -> AnyActivation:
@@ -346,15 +401,18 @@ def token_ids(
     axis: str = "rows",
     place: Place = HOST,
     check: bool = True,
+    ignored: int | None = None,
 ) -> Ids:
     """Return ids in [0, size) as a C-contiguous array: of the platform's index type, or int32.
 
-    Kernels take int32. For ids on a GPU this waits for it, to know their range; ``check=False`` trusts them there.
+    Kernels take int32. For ids on a GPU this waits for it, to know their range; ``check=False``
+    trusts them there. Those that are ``ignored`` may lie anywhere.
     """
     ids = _integers(name, a, place)
     if ids.size and (check or place.xp is np):
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= size:
+        looked_at = ids if ignored is None else _others(ids, ignored)
+        low, high = (int(looked_at.min()), int(looked_at.max())) if looked_at.size else (0, 0)
+        if looked_at.size and (low < 0 or high >= size):
             bad = low if low < 0 else high
             where = tuple(int(i) for i in place.xp.argwhere(ids == bad)[0])
             raise ValueError(
@@ -364,6 +422,11 @@ def token_ids(
     index = np.intp if place is HOST else np.int32
     indices: Ids = place.xp.asarray(ids, dtype=index, order="C")
     return indices  # ascontiguousarray would lift 0 axes to 1
+
+
+def _others(ids: Ids, ignored: int) -> Ids:
+    limits = np.iinfo(ids.dtype)
+    return ids[ids != ignored] if limits.min <= ignored <= limits.max else ids
 
 
 def text_ids(name: str, a: object) -> Ids:

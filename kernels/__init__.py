@@ -10,8 +10,10 @@ the product of ``product``. ``group`` does so over several blocks, which ``excha
 ``part`` says what a block of it computes, ``split`` in float32, ``tensor`` by the instructions of
 ``mma``. ``probes`` measure what an exchange takes. ``layer`` is a step without a state, ``tiled``
 the product of both it and ``step``; ``tail`` is what remains of a step whose product a library
-makes. A kernel is made by a factory for sizes, an activation (``activations``) and a way of storing
-numbers (``storage``); its docstring is the contract.
+makes. ``cross_entropy`` is softmax, loss and gradient in one pass, ``loss_mean`` the mean that
+follows, by the ``sums`` of a block. ``dropout`` makes its mask anew wherever it is wanted, by
+``philox``. A kernel is made by a factory for sizes, an activation (``activations``) and a way of
+storing numbers (``storage``); its docstring is the contract.
 
 Layouts
 -------
@@ -30,6 +32,7 @@ name        shape           meaning
 ``W_xh``    (d, h)          input weights
 ``W_hh``    (h, h)          recurrent weights, ``H_t = φ(X_t W_xh + H_{t-1} W_hh + b_h)`` (9.4.5)
 ``b_h``     (h,)            bias
+``O``       (T·n, q)        logits, ``H W_hq`` or with ``b_q`` (q,) added (9.4.6)
 ``dA``      like ``A``      derivative of the loss by ``A``
 ``states``  (T + 1, n, h)   ``h_0`` and then ``H``, one array: what the backward pass wants
 ``grads``   (T + 1, n, h)   ``dh_0`` and then ``dZ``

@@ -22,7 +22,7 @@ from cuda.bindings import driver
 from fake_cublas import FakeCuBLAS
 
 from gpurnn import compiler, emulator
-from gpurnn.cuda import cublas, engines, graphs, operations, reports
+from gpurnn.cuda import cublas, engines, graphs, operations, reports, scalars
 from gpurnn.cuda.specs import KernelSpec, build, signature
 
 __all__ = ["Array", "CUDARuntimeError", "Event", "FakeCuPy", "Stream", "clear", "install"]
@@ -527,7 +527,7 @@ def clear() -> None:
     graphs._kept.clear()
     for cached in (engines.cupy, engines.limits_of, engines._function, operations._kept):
         cached.cache_clear()
-    for cached in (cublas._functions, cublas._handle):
+    for cached in (cublas._functions, cublas._handle, scalars.scalar):
         cached.cache_clear()
 
 

@@ -20,7 +20,7 @@ from gpurnn.compiler import ptx_of
 from gpurnn.cuda.specs import REAL, KernelSpec, Kind, build, signature
 from gpurnn.planning import Group
 from gpurnn.resources import Resources
-from gpurnn.tile import Share, TensorShare, Tile
+from gpurnn.tile import OneBlock, Share, Softmax, TensorShare, Tile
 
 __all__ = ["CASES", "TABLE", "Case", "Measured", "measured", "row", "table"]
 
@@ -60,6 +60,12 @@ class Case:
             parts.append(str(spec.exchange))
         if isinstance(sizes, Tile):
             parts += [f"h={sizes.h}", f"rows={sizes.rows}"]
+        if isinstance(sizes, Softmax):
+            parts.append(f"columns={sizes.columns}" if sizes.columns else f"of {sizes.threads}")
+            parts += [name for name in ("gradient", "smoothed", "biased") if getattr(sizes, name)]
+            return " ".join([*parts, f"sm_{self.target[0]}{self.target[1]}"])
+        if spec.kind in NO_ACTIVATION:
+            return " ".join([*parts, f"sm_{self.target[0]}{self.target[1]}"])
         parts.append(spec.activation if isinstance(spec.activation, str) else "own_silu")
         if spec.scaled:
             parts.append("scaled")
@@ -150,6 +156,7 @@ def table() -> dict[str, Any]:
     return found
 
 
+NO_ACTIVATION = ("target_count", "loss_mean", "dropout")
 POINTWISE = ("layer_backward", "tail_forward", "tail_backward")
 
 FORWARD: Kind = "resident_forward"
@@ -245,6 +252,30 @@ def _group_cases() -> Iterator[Case]:
     yield from _group((GROUP_BACKWARD,), "tf32", 512, 8, "cluster", 16, scaled=True)
 
 
+def _loss_cases() -> Iterator[Case]:
+    def softmax(dtype: str, *sizes: Any, core: bool = False, target: Any = SM_90) -> Case:
+        spec = KernelSpec("cross_entropy", Softmax(*sizes), "identity", dtype)
+        return Case(spec, target, core)
+
+    yield softmax("float32", 1, 256, core=True)
+    yield softmax("float32", 8, 256, True, True, True, core=True)
+    yield softmax("float32", 0, 256, True, True, True, core=True)
+    yield softmax("float64", 8, 256, True, True, target=SM_80)
+    yield softmax("float64", 0, 512, True, True, target=SM_80)
+    yield softmax("bfloat16", 1, 256, True, False, True)
+    yield softmax("bfloat16", 0, 128)
+    yield softmax("float16", 0, 512, False)
+    for target in (SM_80, SM_90):
+        spec = KernelSpec("dropout", None, "identity", "float32")
+        yield Case(spec, target, core=target == SM_90)
+    for dtype in ("float64", "float16", "bfloat16"):
+        yield Case(KernelSpec("dropout", None, "identity", dtype), SM_90, core=False)
+    one = OneBlock(1024)
+    yield Case(KernelSpec("target_count", one, "identity", "float32"), SM_90, core=False)
+    yield Case(KernelSpec("loss_mean", one, "identity", "float32"), SM_90, core=False)
+    yield Case(KernelSpec("loss_mean", one, "identity", "float64"), SM_80, core=False)
+
+
 def _cases() -> Iterator[Case]:
     both, each = (FORWARD, BACKWARD), (SM_80, SM_90)
     # The few that most changes to kernels would show in.
@@ -307,6 +338,7 @@ def _cases() -> Iterator[Case]:
     yield from _resident(both, "float32", 224, (4,), (SM_100,))
     yield from _resident((BACKWARD,), "float64", 64, (1,), (SM_100,))
     yield from _group_cases()
+    yield from _loss_cases()
 
 
 def _once() -> tuple[Case, ...]:

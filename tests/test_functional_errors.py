@@ -315,11 +315,12 @@ def test_ids_of_another_kind(taker: str, dtype: DTypeLike) -> None:
 @each_taker
 def test_ids_that_are_no_array(taker: str) -> None:
     name, _, function, arguments = TAKING_IDS[taker]
+    other = {"rnn_forward": "h_0", "embedding": None, "embedding_backward": None}.get(taker, "O")
     ids = np.array([[0, 1, 2], [3, 3, 0]])
     for spoilt, message in (
         (ids.tolist(), "is a builtins.list: expected a numpy.ndarray"),
         (np.ma.masked_equal(ids, 3), MASKED),
-        (FakeGPUArray(), on_a_gpu_but("h_0") if taker == "rnn_forward" else ON_A_GPU),
+        (FakeGPUArray(), ON_A_GPU if other is None else on_a_gpu_but(other)),
     ):
         assert_refuses(TypeError, f"{name} {message}", function, *arguments(spoilt))
 
@@ -673,7 +674,7 @@ def test_embedding_backward_refuses_other_numbers_of_rows(
             "O has dtype int64: expected float32 or float64",
         ),
         ([[1.0]], np.zeros(1, int), TypeError, "O is a builtins.list: expected a numpy.ndarray"),
-        (FakeGPUArray(), np.zeros(1, int), TypeError, f"O {ON_A_GPU}"),
+        (FakeGPUArray(), np.zeros(1, int), TypeError, f"O {on_a_gpu_but('targets')}"),
     ],
     ids=["flat", "one-row", "scalar", "int", "list", "gpu"],
 )
@@ -693,6 +694,93 @@ def test_no_row_has_no_mean_but_an_empty_list_of_losses(shape: tuple[int, ...]) 
     message = f"targets has shape {shape}: a mean needs at least one row"
     assert_refuses(ValueError, message, F.cross_entropy, O, targets)
     assert F.negative_log_likelihood(O, targets).shape == shape
+
+
+@pytest.mark.parametrize(
+    ("keywords", "error", "message"),
+    [
+        ({"ignore_index": 1.0}, TypeError, "ignore_index is 1.0: expected an integer"),
+        ({"ignore_index": True}, TypeError, "ignore_index is True: expected an integer"),
+        ({"ignore_index": 2**31}, ValueError, f"ignore_index is {2**31}: expected less than 2³¹"),
+        (
+            {"ignore_index": -(2**31) - 1},
+            ValueError,
+            f"ignore_index is {-(2**31) - 1}: expected at least {-(2**31)}",
+        ),
+    ],
+    ids=["float", "bool", "large", "small"],
+)
+def test_ids_to_ignore(keywords: dict[str, Any], error: type[Exception], message: str) -> None:
+    for loss in (F.cross_entropy, F.negative_log_likelihood):
+        assert_refuses(error, message, loss, numbers(T, 6), np.zeros(T, int), **keywords)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.0, np.nan, np.inf, "0.1", None], ids=repr)
+def test_label_smoothing_out_of_range(value: Any) -> None:
+    error = TypeError if value is None or isinstance(value, str) else ValueError
+    message = f"label_smoothing is {value!r}: expected a number in [0, 1)"
+    arguments = numbers(T, 6), np.zeros(T, int)
+    assert_refuses(error, message, F.cross_entropy, *arguments, label_smoothing=value)
+
+
+@each_dtype
+def test_ids_that_are_ignored_may_be_none(dtype: type) -> None:
+    O = numbers(3, 4, dtype=dtype)
+    for ids in (np.int64, np.int8, np.uint8):
+        targets, ignored = np.array([0, 3, 100]).astype(ids), 100
+        F.cross_entropy(O, targets, ignore_index=ignored)
+        F.negative_log_likelihood(O, targets, ignore_index=ignored)
+        message = (
+            "targets holds the id 100 at index (2,): O has 4 columns, so ids must lie in [0, 4)"
+        )
+        for other in (None, 0, -100, 1000):
+            for loss in (F.cross_entropy, F.negative_log_likelihood):
+                assert_refuses(ValueError, message, loss, O, targets, ignore_index=other)
+
+
+@pytest.mark.parametrize(
+    ("replaced", "error", "message"),
+    [
+        ({"p": 1.0}, ValueError, "p is 1.0: expected a probability in [0, 1)"),
+        ({"p": -0.5}, ValueError, "p is -0.5: expected a probability in [0, 1)"),
+        ({"p": "half"}, TypeError, "p is 'half': expected a probability in [0, 1)"),
+        ({"seed": -1}, ValueError, "seed is -1: expected at least 0"),
+        ({"seed": 0.5}, TypeError, "seed is 0.5: expected an integer"),
+        ({"update": -1}, ValueError, "update is -1: expected at least 0"),
+        ({"update": None}, TypeError, "update is None: expected an integer"),
+        ({"update": 1.0}, TypeError, "update is 1.0: expected an integer"),
+        (
+            {"update": np.zeros(1, np.int32)},
+            TypeError,
+            "update has dtype int32: expected int64, or an integer",
+        ),
+        (
+            {"update": np.zeros(2, np.int64)},
+            ValueError,
+            "update has shape (2,): expected one number, (1,)",
+        ),
+        ({"H": [1.0]}, TypeError, "H is a builtins.list: expected a numpy.ndarray"),
+        (
+            {"H": np.ones(3, np.float16)},
+            TypeError,
+            "H has dtype float16: expected float32 or float64",
+        ),
+        ({"update": FakeGPUArray()}, TypeError, f"update {on_a_gpu_but('H')}"),
+    ],
+    ids=lambda value: str(list(value)) if isinstance(value, dict) else "",
+)
+def test_dropout_refuses_what_does_not_fit(
+    replaced: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    arguments = {"H": numbers(T, 3), "p": 0.5, "seed": 1, "update": 2} | replaced
+    H, p = arguments.pop("H"), arguments.pop("p")
+    assert_refuses(error, message, F.dropout, H, p, **arguments)
+
+
+def test_dropout_of_values_that_are_not_finite() -> None:
+    H = np.full(64, np.nan)
+    message = not_finite("H", H, (0,), count=64)
+    assert_refuses(ValueError, message, F.dropout, H, 0.5, seed=0, update=0)
 
 
 # ---------------------------------------------------------------------------------------

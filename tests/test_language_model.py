@@ -329,16 +329,14 @@ def test_every_gradient_equals_finite_differences(
     if with_state:
         state = 0.5 * np.random.default_rng(2).standard_normal(model.init_state(2).shape)
 
-    def mask_rng() -> np.random.Generator | None:
-        return np.random.default_rng(7) if model.dropout else None  # one mask throughout
-
-    loss, gradients, _ = model.loss_and_gradients(X, Y, state, rng=mask_rng())
+    noise = 7, 3  # one mask throughout
+    loss, gradients, _ = model.loss_and_gradients(X, Y, state, noise=noise)
     arguments = {name: p.copy() for name, p in model.params.items()}
     assert sorted(gradients) == sorted(arguments)
 
     def f(**a: Array) -> float:
         model.load_params(a)
-        return float(model.loss_and_gradients(X, Y, state, rng=mask_rng())[0])
+        return float(model.loss_and_gradients(X, Y, state, noise=noise)[0])
 
     assert loss == f(**arguments)
     check_gradients(f, arguments, gradients)
@@ -399,10 +397,10 @@ def masks(dropout: float, steps: int, draws: int) -> Array:
     """
     model = language("ab", hidden_size=64, dropout=dropout)
     set_params(model, b_h=50)
-    rng = np.random.default_rng(9)
     X = np.zeros((steps, 1), int)
     found = [
-        3 * steps * model.loss_and_gradients(X, X, rng=rng)[1]["W_hq"][:, 1] for _ in range(draws)
+        3 * steps * model.loss_and_gradients(X, X, noise=(9, update))[1]["W_hq"][:, 1]
+        for update in range(draws)
     ]
     return np.array(found)
 
@@ -427,7 +425,7 @@ def test_dropout_does_not_reach_the_state() -> None:
     model = language(dropout=0.5, num_layers=2)
     X = some_ids(model, (6, 2))
     _, plain, state = model.loss_and_gradients(X, X)
-    _, dropped, state_dropped = model.loss_and_gradients(X, X, rng=np.random.default_rng(0))
+    _, dropped, state_dropped = model.loss_and_gradients(X, X, noise=(0, 0))
     assert_same_bits("state", state_dropped, state)
     assert all((dropped[name] != plain[name]).any() for name in plain)
 
@@ -440,7 +438,7 @@ def test_there_is_no_dropout_outside_training() -> None:
         assert model.generate("ab", 30, seed=1) == without.generate("ab", 30, seed=1)
     for a, b in zip(with_dropout.forward(X), without.forward(X), strict=True):
         assert_same_bits("O or state", a, b)
-    loss, gradients, _ = with_dropout.loss_and_gradients(X, X)  # no generator, no mask
+    loss, gradients, _ = with_dropout.loss_and_gradients(X, X)  # no noise, no mask
     loss_without, gradients_without, _ = without.loss_and_gradients(X, X)
     assert loss == loss_without
     for name, gradient in gradients.items():
@@ -448,7 +446,14 @@ def test_there_is_no_dropout_outside_training() -> None:
 
 
 def test_a_model_without_dropout_draws_no_mask() -> None:
-    model, rng = language(), np.random.default_rng(0)
+    model = language()
     X = some_ids(model, (6, 2))
-    assert model.loss_and_gradients(X, X, rng=rng)[0] == model.loss_and_gradients(X, X)[0]
-    assert rng.bit_generator.state == np.random.default_rng(0).bit_generator.state
+    assert model.loss_and_gradients(X, X, noise=(0, 0))[0] == model.loss_and_gradients(X, X)[0]
+
+
+def test_the_mask_is_that_of_seed_and_update() -> None:
+    model = language(dropout=0.5)
+    X = some_ids(model, (6, 2))
+    losses = [model.loss_and_gradients(X, X, noise=n)[0] for n in ((1, 2), (1, 2), (1, 3), (2, 2))]
+    assert losses[0] == losses[1]
+    assert len(set(losses)) == 3

@@ -16,7 +16,7 @@ import gpurnn.kernels
 from gpurnn import compiler, planning
 from gpurnn.cuda import machine_code
 from gpurnn.cuda.specs import ARGUMENTS, KernelSpec, build, signature
-from gpurnn.tile import Share
+from gpurnn.tile import Share, Softmax
 
 pytest.importorskip("cuda.core", reason="machine code needs cuda-core")
 
@@ -29,6 +29,8 @@ def spec_of(kind: str, scaled: bool = False) -> KernelSpec:
     if kind.startswith("group"):
         return KernelSpec(kind, SHARE, "tanh", "float32", scaled, "flags")  # type: ignore[arg-type]
     sizes = TILE if kind.startswith("resident") else None if kind == "layer_backward" else 16
+    if kind == "cross_entropy":
+        return KernelSpec(kind, Softmax(1, 256), "identity", "float32")
     return KernelSpec(kind, sizes, "tanh", "float32", scaled)  # type: ignore[arg-type]
 
 

@@ -113,8 +113,11 @@ def test_runs_above_use_what_they_are_named_for() -> None:
         state_of(trained(RUNS[name]))[1]["random"]["noise"]
         for name in ("windows-sgd", "dropout", "randomized")
     ]
-    assert noise[0] == state_of(prepared(TINY))[1]["random"]["noise"]  # draws none
-    assert noise[0] != noise[1] != noise[2]
+    assert noise[0] == noise[1] == state_of(prepared(TINY))[1]["random"]["noise"]  # draw none
+    assert noise[1] != noise[2]
+    dropped = trained(RUNS["dropout"]).trainer.history
+    whole = trained(dataclasses.replace(RUNS["dropout"], dropout=0.0)).trainer.history
+    assert dropped[0]["train_loss"] != whole[0]["train_loss"]
 
 
 def test_finished_run_stays_finished(tmp_path: Path) -> None:

@@ -328,11 +328,13 @@ def _times_slope(engine: Engine, dH: Array, A: Array, dZ: Array, activation: Any
     )
 
 
-def linear(engine: Engine, H: Array, W_hq: Array, b_q: Array | None) -> Array:
-    """O = H W_hq + b_q (9.4.6)."""
+def linear(
+    engine: Engine, H: Array, W_hq: Array, b_q: Array | None, out: Array | None = None
+) -> Array:
+    """O = H W_hq + b_q (9.4.6); ``out`` is where it goes."""
     q = W_hq.shape[1]
     with engine.here():
-        O = engine.xp.empty((*H.shape[:-1], q), W_hq.dtype)
+        O = engine.xp.empty((*H.shape[:-1], q), W_hq.dtype) if out is None else out
         if O.size:
             engine.product(rows_of(H), W_hq, rows_of(O))
         if b_q is not None:

@@ -48,6 +48,10 @@ ARGUMENTS: dict[str, tuple[int | str, ...]] = {
     "scatter": ("ids", 1, 1, "i", "i", "i", "i", "i"),
     "scatter_parts": ("ids", 1, "r1", "i", "i", "i", "i", "i"),
     "scatter_parts_added": ("r1", 1, "i"),
+    "cross_entropy": (2, 2, "ids", "r1", 1, "r1", "counts", "i", "i"),
+    "target_count": ("ids", "counts", "i"),
+    "loss_mean": ("r1", "counts", "doubles", "i"),
+    "dropout": (1, 1, "r1", "counts", "i", "i", "i", "i"),
     "probe_launch": (),
     "probe_l2": ("report", "report", "i"),
     "probe_remote": ("report", "i"),
@@ -77,6 +81,10 @@ Kind = Literal[
     "scatter",
     "scatter_parts",
     "scatter_parts_added",
+    "cross_entropy",
+    "target_count",
+    "loss_mean",
+    "dropout",
     "probe_launch",
     "probe_l2",
     "probe_remote",
@@ -92,10 +100,10 @@ class KernelSpec:
     """A kernel, and what it is compiled for.
 
     ``kind`` is a key of ``ARGUMENTS``. ``sizes`` is the tile of a resident kernel, the share of a
-    group kernel or of one that adds up rows, the side of a tiled one, None where any block of up to
-    256 threads will do. ``scaled`` backward kernels take ξ as well. ``exchange`` is that of a group
-    kernel. Forward kernels ``by_id`` take ids, and W_xh, of which those are rows. A probe is one
-    kernel whatever its activation and dtype.
+    group kernel or of one that adds up rows, the side of a tiled one, those of a softmax, None
+    where any block of up to 256 threads will do. ``scaled`` backward kernels take ξ as well.
+    ``exchange`` is that of a group kernel. Forward kernels ``by_id`` take ids, and W_xh, of which
+    those are rows. A probe is one kernel whatever its activation and dtype.
     """
 
     kind: Kind
@@ -148,8 +156,11 @@ def build(spec: KernelSpec) -> Callable[..., None]:
     from gpurnn.kernels import (
         activations,
         batch,
+        cross_entropy,
+        dropout,
         group,
         layer,
+        loss_mean,
         probes,
         resident,
         step,
@@ -203,6 +214,14 @@ def build(spec: KernelSpec) -> Callable[..., None]:
             made = tokens.scatter(sizes, storage, partial=spec.kind == "scatter_parts")
         case "scatter_parts_added":
             made = tokens.add_parts(storage)
+        case "cross_entropy":
+            made = cross_entropy.cross_entropy(sizes, storage)
+        case "target_count":
+            made = loss_mean.target_count()
+        case "loss_mean":
+            made = loss_mean.loss_mean(storage)
+        case "dropout":
+            made = dropout.dropout(storage)
         case _:
             made = getattr(probes, spec.kind)
     return made

@@ -236,16 +236,15 @@ class DeviceSteps:
             hidden = None
             if carries:
                 hidden = self._hidden[0] if len(self._hidden) == 1 else self._hidden
-            loss, grads, after = model.loss_and_gradients(
+            loss, _, after = model.loss_and_gradients(
                 X,
                 Y,
                 hidden,
                 xi=xi if tables["factors"].size else None,
                 noise=(self._seed, self._counts[Counts.UPDATE : Counts.UPDATE + 1]),
                 check_ids=False,
+                out=self._views["grads"],
             )
-            for parameter, view in self._views["grads"].items():
-                view[...] = grads[parameter]
             loss = engine.xp.asarray(loss).reshape(1)
             update.update(engine, self._optimizer.name, self._flat, loss, self._partials, scalars)
             if carries:
