@@ -311,7 +311,8 @@ def token_ids(
 ) -> Ids:
     """Return ids in [0, size) as a C-contiguous array: of the platform's index type, or int32.
 
-    Kernels take int32. For ids on a GPU this waits for it, to know their range; ``check=False`` trusts them there.
+    Kernels take int32. For ids on a GPU this waits for it, to know their range; ``check=False``
+    trusts them there.
     """
     ids = _integers(name, a, place)
     if ids.size and (check or place.xp is np):

@@ -21,9 +21,7 @@ from gpurnn.kernels.tokens import source
 __all__ = ["backward", "concatenated", "forward"]
 
 
-def forward(
-    side: int, pair: Pair, storage: Storage, *, by_id: bool = False
-) -> Callable[..., None]:
+def forward(side: int, pair: Pair, storage: Storage, *, by_id: bool = False) -> Callable[..., None]:
     """Build ``kernel(Z, states, W_hh, b_h, t)``: H_t = φ(Z_t + b_h + H_{t-1} W_hh) (9.4.5).
 
     ``by_id``: ``kernel(X, W_xh, Z, states, W_hh, b_h, t)``, with W_xh[X_t] in place of Z_t.

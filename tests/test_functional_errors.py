@@ -266,6 +266,9 @@ TAKING_IDS: dict[str, tuple[str, str, Callable[..., object], Callable[[Any], lis
         lambda ids: [numbers(T, N, D), ids],
     ),
 }
+BESIDE = {"rnn_forward": "h_0", "embedding": "E", "embedding_backward": "dX"}
+"""Of those that take arrays on a GPU as well: what lies on the host where the ids do not."""
+
 each_taker = pytest.mark.parametrize("taker", TAKING_IDS)
 
 
@@ -319,7 +322,7 @@ def test_ids_that_are_no_array(taker: str) -> None:
     for spoilt, message in (
         (ids.tolist(), "is a builtins.list: expected a numpy.ndarray"),
         (np.ma.masked_equal(ids, 3), MASKED),
-        (FakeGPUArray(), on_a_gpu_but("h_0") if taker == "rnn_forward" else ON_A_GPU),
+        (FakeGPUArray(), on_a_gpu_but(BESIDE[taker]) if taker in BESIDE else ON_A_GPU),
     ):
         assert_refuses(TypeError, f"{name} {message}", function, *arguments(spoilt))
 

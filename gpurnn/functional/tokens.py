@@ -37,9 +37,7 @@ def embedding(ids: Ids, E: Floats, *, check_ids: bool = True) -> Floats:
     return X
 
 
-def embedding_backward(
-    dX: Floats, ids: Ids, num_rows: int, *, check_ids: bool = True
-) -> Floats:
+def embedding_backward(dX: Floats, ids: Ids, num_rows: int, *, check_ids: bool = True) -> Floats:
     """Return dE (num_rows, d): the rows of dX (…, d) added up by their id, always in one order.
 
     ``check_ids`` is as in ``embedding``. On a GPU half types are summed as float32 and rounded
@@ -47,9 +45,7 @@ def embedding_backward(
     """
     engine, (dX, ids), place = placed({"dX": dX, "ids": ids})
     with there(engine):
-        dX_, ids_, rows = validate.embedding_backward(
-            dX, ids, num_rows, place, check_ids=check_ids
-        )
+        dX_, ids_, rows = validate.embedding_backward(dX, ids, num_rows, place, check_ids=check_ids)
     if engine is not None:
         summed: Floats = tokens.embedding_backward(engine, dX_, ids_, rows)
         return summed
