@@ -73,7 +73,8 @@ def forward(
 
     Arrays, those of sequences flat:
         Z (T · n · h): read, X_t W_xh. Where ``pair.of_output`` is false, Z_t is overwritten with
-            the whole pre-activation. ``by_id`` it is not read, and where ``pair.of_output`` not used.
+            the whole pre-activation. ``by_id`` it is not read, and where ``pair.of_output`` not
+            used.
         X (T · n), W_xh (d · h): read, ids and the rows that they pick.
         states ((T + 1) · n · h): h_0, the first n · h, is read; the rest is written, H.
         W_hh (h, h), b_h (h,): read.

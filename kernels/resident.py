@@ -95,9 +95,10 @@ def forward(
         at = uint64(row) * uint64(h) + uint64(column)  # of the first number the thread owns
         batch, of_x = uint64(n), uint64(row)  # of the block's first row in step t
 
-        for r in range(R):
-            if row + uint32(r) < n:
-                learn(ids, r, A, of_x + uint64(r))
+        if by_id:
+            for r in range(R):
+                if row + uint32(r) < n:
+                    learn(ids, r, A, of_x + uint64(r))
         load(W_hh, w, ws, s * k_depth, group * group_columns)
         clear(v)
         cuda.syncthreads()
@@ -112,9 +113,10 @@ def forward(
                     place = at + uint64(r * width + p)
                     z[r, p] = number(A, W_xh, ids, r, place, h, j)
                     v[first, r, j // k_depth, j % k_depth] = load_value(states[place])
-        for r in range(R):
-            if row + uint32(r) < n and one < T:
-                learn(ids, r, A, of_x + batch + uint64(r))
+        if by_id and one < T:
+            for r in range(R):
+                if row + uint32(r) < n:
+                    learn(ids, r, A, of_x + batch + uint64(r))
         if looks_ahead and row < n and ahead < T:
             learn(later, 0, A, of_x + uint64(ahead) * batch)
         cuda.syncthreads()
@@ -144,7 +146,7 @@ def forward(
                         H = store_value(phi(a))
                         states[after] = H
                         v[now, r, j // k_depth, j % k_depth] = load_value(H)
-                if row + uint32(r) < n and t + two < T:
+                if by_id and row + uint32(r) < n and t + two < T:
                     learn(ids, r, A, of_x + uint64(two) * batch + uint64(r))
             if looks_ahead and row < n and t + ahead + one < T:
                 learn(later, 0, A, of_x + uint64(ahead + one) * batch)

@@ -12,7 +12,7 @@ overlap.
 import math
 from collections.abc import Callable
 
-from numba import cuda, float64, uint32, uint64
+from numba import cuda, float64, int32, uint32, uint64
 
 from gpurnn.kernels.device import DeviceFunction, device
 from gpurnn.kernels.storage import Storage
@@ -163,10 +163,10 @@ def norm(updating: Updating, storage: Storage) -> Callable[..., None]:
             if new - new != zero:
                 over = yes
         total = block_sum(sums, squares)
-        any_over = cuda.syncthreads_or(over != no)
+        any_over = cuda.syncthreads_or(int32(over != no))
         if cuda.threadIdx.x == 0:
             partials[cuda.blockIdx.x] = total
-            partials[blocks + uint32(cuda.blockIdx.x)] = yes if any_over else no
+            partials[blocks + uint32(cuda.blockIdx.x)] = yes if any_over != 0 else no
 
     return update_norm
 
@@ -203,10 +203,10 @@ def apply(updating: Updating, storage: Storage) -> Callable[..., None]:
             squares += partials[b]
             over = max(over, partials[blocks + b])
         total = block_sum(sums, squares)
-        may_overflow = cuda.syncthreads_or(over != no)
+        may_overflow = cuda.syncthreads_or(int32(over != no))
         length = math.sqrt(total)
         finite = length - length == no and loss[0] - loss[0] == no
-        stopped = counts[STOPPED] != 0 or may_overflow or not finite
+        stopped = counts[STOPPED] != 0 or may_overflow != 0 or not finite
         if cuda.blockIdx.x == 0 and thread == uint32(0):
             record[batch * RECORD + LOSS] = loss[0]
             record[batch * RECORD + NORM] = length

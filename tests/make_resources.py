@@ -9,7 +9,7 @@ numbers, or with another version of the compiler.
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ from gpurnn.activation import Activation
 from gpurnn.compiler import ptx_of
 from gpurnn.cuda.specs import REAL, KernelSpec, Kind, build, signature
 from gpurnn.planning import Group
+from gpurnn.planning.tokens import SHARED
 from gpurnn.resources import Resources
-from gpurnn.tile import OneBlock, Share, Softmax, TensorShare, Tile
+from gpurnn.slots import Updating
+from gpurnn.tile import OneBlock, Scatter, Share, Softmax, TensorShare, Tile
 
 __all__ = ["CASES", "TABLE", "Case", "Measured", "measured", "row", "table"]
 
@@ -60,15 +62,21 @@ class Case:
             parts.append(str(spec.exchange))
         if isinstance(sizes, Tile):
             parts += [f"h={sizes.h}", f"rows={sizes.rows}"]
+        if isinstance(sizes, Scatter):
+            parts += [f"threads={sizes.threads}", f"columns={sizes.columns}"]
         if isinstance(sizes, Softmax):
             parts.append(f"columns={sizes.columns}" if sizes.columns else f"of {sizes.threads}")
             parts += [name for name in ("gradient", "smoothed", "biased") if getattr(sizes, name)]
             return " ".join([*parts, f"sm_{self.target[0]}{self.target[1]}"])
-        if spec.kind in NO_ACTIVATION:
+        if isinstance(sizes, Updating):
+            parts.append(sizes.optimizer)
+        if isinstance(sizes, Updating) or spec.kind in NO_ACTIVATION:
             return " ".join([*parts, f"sm_{self.target[0]}{self.target[1]}"])
         parts.append(spec.activation if isinstance(spec.activation, str) else "own_silu")
         if spec.scaled:
             parts.append("scaled")
+        if spec.by_id:
+            parts.append("by_id")
         return " ".join([*parts, f"sm_{self.target[0]}{self.target[1]}"])
 
     @property
@@ -101,7 +109,9 @@ class Case:
 
     @property
     def dynamic_shared(self) -> int:
-        """Bytes of dynamic shared memory that its launch asks for."""
+        """Bytes of dynamic shared memory that its launch asks for, at most."""
+        if isinstance(self.spec.sizes, Scatter):
+            return SHARED
         if self.share:
             return self.share.shared_bytes
         return self.tile.shared_weights * self.itemsize if self.tile else 0
@@ -156,9 +166,11 @@ def table() -> dict[str, Any]:
     return found
 
 
-NO_ACTIVATION = ("target_count", "loss_mean", "dropout")
+NO_ACTIVATION = ("target_count", "loss_mean", "dropout", "take_batch", "keep_state")
 POINTWISE = ("layer_backward", "tail_forward", "tail_backward")
 
+UPDATE: tuple[Kind, ...] = ("update_norm", "update_apply")
+STEP_BESIDE: tuple[Kind, ...] = ("take_batch", "keep_state")
 FORWARD: Kind = "resident_forward"
 BACKWARD: Kind = "resident_backward"
 
@@ -184,6 +196,8 @@ def _resident(
 
 GROUP_FORWARD: Kind = "group_forward"
 GROUP_BACKWARD: Kind = "group_backward"
+STEP_FORWARD: Kind = "step_forward"
+TAIL_FORWARD: Kind = "tail_forward"
 
 
 def _group(
@@ -276,6 +290,48 @@ def _loss_cases() -> Iterator[Case]:
     yield Case(KernelSpec("loss_mean", one, "identity", "float64"), SM_80, core=False)
 
 
+def _update_cases() -> Iterator[Case]:
+    for optimizer, dtype, target in (
+        ("sgd", "float32", SM_90),
+        ("momentum", "float64", SM_90),
+        ("adamw", "float32", SM_90),
+        ("adamw", "float32", SM_80),
+    ):
+        for kind in UPDATE:
+            spec = KernelSpec(kind, Updating(optimizer), "identity", dtype)
+            yield Case(spec, target, core=False)
+    for kind in STEP_BESIDE:
+        yield Case(KernelSpec(kind, None, "identity", "float32"), SM_90, core=False)
+
+
+def _token_cases() -> Iterator[Case]:
+    def by_id(cases: Iterator[Case]) -> Iterator[Case]:
+        for case in cases:
+            yield replace(case, spec=replace(case.spec, by_id=True))
+
+    both = (SM_80, SM_90)
+    yield from by_id(_resident((FORWARD,), "float32", 128, (1, 8), core=True))
+    yield from by_id(_resident((FORWARD,), "float32", 224, (4,), both))
+    yield from by_id(_resident((FORWARD,), "float32", 128, (1,), activation=SILU))
+    yield from by_id(_resident((FORWARD,), "float64", 64, (4,)))
+    yield from by_id(_group((GROUP_FORWARD,), "float32", 512, 8, "cluster", 1))
+    yield from by_id(_group((GROUP_FORWARD,), "float32", 512, 8, "flags", 4, both))
+    yield from by_id(_group((GROUP_FORWARD,), "float16", 512, 8, "cluster", 8))
+    for kind, side in ((STEP_FORWARD, planning.SIDE), (TAIL_FORWARD, None)):
+        yield Case(KernelSpec(kind, side, "tanh", "float32", by_id=True), SM_90, core=False)
+    for target in both:
+        for columns in (32, 256):
+            tile = Scatter(256, columns, 8)
+            core = columns == 32 and target == SM_90
+            yield Case(KernelSpec("scatter", tile, "identity", "float32"), target, core)
+    tile = Scatter(256, 128, 8)
+    yield Case(KernelSpec("scatter", tile, "identity", "float64"), SM_90, core=False)
+    yield Case(KernelSpec("scatter_parts", tile, "identity", "bfloat16"), SM_90, core=False)
+    for target in both:
+        spec = KernelSpec("scatter_parts_added", None, "identity", "bfloat16")
+        yield Case(spec, target, core=False)
+
+
 def _cases() -> Iterator[Case]:
     both, each = (FORWARD, BACKWARD), (SM_80, SM_90)
     # The few that most changes to kernels would show in.
@@ -339,6 +395,8 @@ def _cases() -> Iterator[Case]:
     yield from _resident((BACKWARD,), "float64", 64, (1,), (SM_100,))
     yield from _group_cases()
     yield from _loss_cases()
+    yield from _token_cases()
+    yield from _update_cases()
 
 
 def _once() -> tuple[Case, ...]:

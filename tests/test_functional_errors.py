@@ -266,6 +266,9 @@ TAKING_IDS: dict[str, tuple[str, str, Callable[..., object], Callable[[Any], lis
         lambda ids: [numbers(T, N, D), ids],
     ),
 }
+BESIDE = {"rnn_forward": "h_0", "embedding": "E", "embedding_backward": "dX"}
+"""Of those that take arrays on a GPU as well: what lies on the host where the ids do not."""
+
 each_taker = pytest.mark.parametrize("taker", TAKING_IDS)
 
 
@@ -315,12 +318,11 @@ def test_ids_of_another_kind(taker: str, dtype: DTypeLike) -> None:
 @each_taker
 def test_ids_that_are_no_array(taker: str) -> None:
     name, _, function, arguments = TAKING_IDS[taker]
-    other = {"rnn_forward": "h_0", "embedding": None, "embedding_backward": None}.get(taker, "O")
     ids = np.array([[0, 1, 2], [3, 3, 0]])
     for spoilt, message in (
         (ids.tolist(), "is a builtins.list: expected a numpy.ndarray"),
         (np.ma.masked_equal(ids, 3), MASKED),
-        (FakeGPUArray(), ON_A_GPU if other is None else on_a_gpu_but(other)),
+        (FakeGPUArray(), on_a_gpu_but(BESIDE.get(taker, "O"))),
     ):
         assert_refuses(TypeError, f"{name} {message}", function, *arguments(spoilt))
 

@@ -19,6 +19,7 @@ from gpurnn import functional as F
 from gpurnn import planning
 from gpurnn.cuda import engines
 from gpurnn.cuda.specs import KernelSpec
+from gpurnn.planning import Group
 
 ODD = next(case for case in SMALL if case.name == "odd")
 
@@ -91,7 +92,7 @@ def test_checkpoints_on_a_device_that_is_not_the_current_one(
     assert {a.device.id for a in (H, residuals.states, *found)} == {3}
     assert len(cupy.launches) == (3 if kernel == "resident" else ODD.T) * 2 + (
         1 if kernel == "resident" else ODD.T + 3
-    )
+    ) + (3 if by_id else 0)
     if dtype in HALVES:  # NumPy's own products of halves are not CuPy's
         return
     with gpurnn.emulated():
@@ -148,7 +149,7 @@ def test_arguments_that_must_be_copied_are_copied_where_they_lie(
     """Though another device is the current one: ids of another type, weights transposed."""
     drawn = draw(ODD, dtype=np.float32)
     with cupy.cuda.Device(3):
-        ids, dH = cupy.new(drawn.ids.astype(np.int32)), cupy.new(drawn.dH.transpose(1, 0, 2))
+        ids, dH = cupy.new(drawn.ids.astype(np.uint8)), cupy.new(drawn.dH.transpose(1, 0, 2))
         dH = dH.transpose(1, 0, 2)
         h_0, W_xh, b_h = (cupy.new(a) for a in (drawn.h_0, drawn.W_xh, drawn.b_h))
         W_hh = cupy.new(drawn.W_hh.T).T
@@ -330,6 +331,89 @@ def test_ids_that_are_known_to_be_good_need_no_look(
         F.rnn_forward(*arguments)
     H, _ = F.rnn_forward(*arguments, check_ids=False)
     assert_same_bits("H", H.view(np.ndarray), expected.view(np.ndarray))
+
+
+def test_ids_as_kernels_take_them_are_not_copied(cupy: fake_cupy.FakeCuPy) -> None:
+    drawn = draw(ODD, dtype=np.float32)
+    _, *rest = (cupy.new(a) for a in drawn.arguments(by_id=True))
+    for dtype in (np.int32, np.int64, np.uint16):
+        ids = cupy.new(drawn.ids.astype(dtype))
+        _, residuals = F.rnn_forward(ids, *rest)
+        assert residuals.X.dtype == np.int32
+        assert (residuals.X is ids) == (dtype == np.int32)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, *HALVES])
+def test_an_embedding_and_its_gradient(cupy: fake_cupy.FakeCuPy, dtype: Any) -> None:
+    drawn = draw(ODD).astype(dtype)
+    with gpurnn.emulated():
+        X = F.embedding(drawn.ids, drawn.W_xh)
+        dE = F.embedding_backward(drawn.dH, drawn.ids, 12)
+    with cupy.cuda.Device(3):
+        ids, E, dX = (cupy.new(a) for a in (drawn.ids, drawn.W_xh, drawn.dH))
+    for check_ids in (True, False):
+        found = F.embedding(ids, E, check_ids=check_ids)
+        summed = F.embedding_backward(dX, ids, 12, check_ids=check_ids)
+        for name, a, b in (("X", found, X), ("dE", summed, dE)):
+            assert a.device.id == 3
+            assert_same_bits(name, a.view(np.ndarray), b)
+    assert {(spec.kind, device) for spec, device in cupy.launches} == {("scatter", 3)}
+    with cupy.cuda.Device(3):
+        ids[1, 2] = 12
+    with pytest.raises(ValueError, match=r"^ids holds the id 12 at index \(1, 2\): E has 7 rows"):
+        F.embedding(ids, E)
+    with pytest.raises(ValueError, match=r"^ids holds the id 12 at index \(1, 2\): dE has 12 rows"):
+        F.embedding_backward(dX, ids, 12)
+    with pytest.raises(
+        TypeError, match=r"^dX is a .* on a GPU but ids is a numpy.ndarray: expected"
+    ):
+        F.embedding_backward(dX, drawn.ids, 12)
+
+
+def test_an_embedding_s_gradient_is_captured(
+    cupy: fake_cupy.FakeCuPy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody looks at the ids, nothing waits: other ids, of the same shape, give other sums."""
+    rng = np.random.default_rng(0)
+    ids = cupy.new(rng.integers(0, 3, 600).astype(np.int32))
+    dX = cupy.new(rng.standard_normal((600, 2), np.float32))
+    for name in ("min", "max"):
+        monkeypatch.setattr(fake_cupy.Array, name, None)
+    cupy.pool = []
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        stream.begin_capture()
+        dE = F.embedding_backward(dX, ids, 3, check_ids=False)
+        graph = stream.end_capture()
+    assert not cupy.launches and len(graph.work) == 2  # parts of the rows, and their sum
+    for _ in range(2):
+        graph.launch()
+        expected = [dX[ids == i].view(np.ndarray).sum(0, dtype=np.float64) for i in range(3)]
+        np.testing.assert_allclose(dE.view(np.ndarray), expected, rtol=1e-5, atol=1e-5)
+        ids[:] = rng.integers(0, 3, 600)
+
+
+@pytest.mark.parametrize("kernel", ["resident", "step", Group(2, "flags")], ids=str)
+def test_no_rows_are_copied_out_for_ids(
+    cupy: fake_cupy.FakeCuPy, monkeypatch: pytest.MonkeyPatch, kernel: Any
+) -> None:
+    """The largest that is allocated is what is kept, and the gradients."""
+    drawn = draw(ODD, dtype=np.float32)
+    arguments, dH = [cupy.new(a) for a in drawn.arguments(by_id=True)], cupy.new(drawn.dH)
+    monkeypatch.setattr(cupy, "take", None)
+    sizes: list[int] = []
+    allocate = cupy._allocate
+
+    def noting(make: Any) -> Any:
+        array = allocate(make)
+        sizes.append(array.size)
+        return array
+
+    cupy._allocate = noting  # type: ignore[method-assign]
+    _, residuals = F.rnn_forward(*arguments, kernel=kernel)
+    F.rnn_backward(dH, residuals)
+    states = (ODD.T + 1) * ODD.n * ODD.h
+    assert sizes.count(states) == 2  # and grads
+    assert ODD.T * ODD.n * ODD.h not in sizes
 
 
 def test_what_needs_more_shared_memory_says_so_to_the_driver(cupy: fake_cupy.FakeCuPy) -> None:

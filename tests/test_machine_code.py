@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import kernel_setup  # noqa: F401  (skips without what compiles kernels)
 import pytest
@@ -16,22 +17,30 @@ import gpurnn.kernels
 from gpurnn import compiler, planning
 from gpurnn.cuda import machine_code
 from gpurnn.cuda.specs import ARGUMENTS, KernelSpec, build, signature
-from gpurnn.tile import Share, Softmax
+from gpurnn.slots import Updating
+from gpurnn.tile import Scatter, Share, Softmax
 
 pytest.importorskip("cuda.core", reason="machine code needs cuda-core")
 
 TILE = planning.resident_tiles(5, "float32")[0]
 SHARE = Share(5, 2, 2, 2, 1, 1, 4)
+SCATTER = Scatter(32, 4, 2)
+BY_ID = ("resident_forward", "group_forward", "step_forward", "tail_forward")
 CHEAP = KernelSpec("layer_backward", None, "relu", "float32")
 
 
-def spec_of(kind: str, scaled: bool = False) -> KernelSpec:
+def spec_of(kind: Any, scaled: bool = False, by_id: bool = False) -> KernelSpec:
+    sizes: Any = TILE if kind.startswith("resident") else None if kind == "layer_backward" else 16
+    exchange = None
     if kind.startswith("group"):
-        return KernelSpec(kind, SHARE, "tanh", "float32", scaled, "flags")  # type: ignore[arg-type]
-    sizes = TILE if kind.startswith("resident") else None if kind == "layer_backward" else 16
+        sizes, exchange = SHARE, "flags"
+    if kind in ("scatter", "scatter_parts"):
+        sizes = SCATTER
     if kind == "cross_entropy":
         return KernelSpec(kind, Softmax(1, 256), "identity", "float32")
-    return KernelSpec(kind, sizes, "tanh", "float32", scaled)  # type: ignore[arg-type]
+    if kind.startswith("update"):
+        sizes = Updating("adamw")
+    return KernelSpec(kind, sizes, "tanh", "float32", scaled, exchange, by_id)
 
 
 @pytest.fixture
@@ -57,16 +66,17 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "scaled"),
+    ("kind", "scaled", "by_id"),
     [
-        (kind, scaled)
-        for kind in ARGUMENTS
-        for scaled in (False, True)
-        if not scaled or kind in ("resident_backward", "group_backward", "step_backward")
+        *((kind, False, False) for kind in ARGUMENTS),
+        *((kind, True, False) for kind in ("resident_backward", "group_backward", "step_backward")),
+        *((kind, False, True) for kind in BY_ID),
     ],
 )
-def test_the_kernel_s_parameters_are_those_the_host_packs(kind: str, scaled: bool) -> None:
-    spec = spec_of(kind, scaled)
+def test_the_kernel_s_parameters_are_those_the_host_packs(
+    kind: str, scaled: bool, by_id: bool
+) -> None:
+    spec = spec_of(kind, scaled, by_id)
     _, ptx = compiler.ptx_of(build(spec), signature(spec), (9, 0), spec.threads)
     declared = re.search(r"\.entry[^(]*\(([^)]*)\)", ptx)
     assert declared is not None
@@ -124,10 +134,11 @@ def test_every_part_of_a_specification_tells_kernels_apart() -> None:
         dataclasses.replace(spec, dtype="float64"),
         dataclasses.replace(spec, scaled=True),
         dataclasses.replace(spec, exchange="flags"),
+        dataclasses.replace(spec, by_id=True),
     ]
     assert len(others) == len(dataclasses.fields(spec))
     keys = {machine_code._key(s, (9, 0)) for s in (spec, *others)}
-    assert len(keys | {machine_code._key(spec, (8, 0))}) == 8
+    assert len(keys | {machine_code._key(spec, (8, 0))}) == 9
 
 
 def test_the_sources_that_machine_code_depends_on(
@@ -136,14 +147,14 @@ def test_the_sources_that_machine_code_depends_on(
     """All that a kernel's modules import of the library; a change in any is another origin."""
     names = {path.name for path in machine_code.sources()}
     kernels = {path.name for path in Path(gpurnn.kernels.__path__[0]).glob("*.py")}
-    assert kernels | {"compiler.py", "specs.py", "tile.py", "narrowing.py"} == names
+    assert kernels | {"compiler.py", "specs.py", "tile.py", "narrowing.py", "slots.py"} == names
     imported = {
         name
         for path in machine_code.sources()
         for name in re.findall(r"^from gpurnn\.(\w+)\S* import", path.read_text(), re.MULTILINE)
     }
     # an activation is the user's own, whose kernels are not kept
-    assert imported - {"kernels", "activation"} == {"tile", "narrowing", "compiler"}
+    assert imported - {"kernels", "activation"} == {"tile", "narrowing", "compiler", "slots"}
     file = tmp_path / "tile.py"
     monkeypatch.setattr(machine_code, "sources", lambda: [file])
     origins = set()

@@ -2,9 +2,9 @@
 
 import hashlib
 import os
+from contextlib import suppress
 from pathlib import Path
 
-import pooch
 import pytest
 
 SHA1 = "090b5e7e70c295757f55df93cb0a180b9691891a"
@@ -12,7 +12,11 @@ SHA1 = "090b5e7e70c295757f55df93cb0a180b9691891a"
 
 def require_time_machine() -> str:
     """Return the text (178,979 characters), or skip the test where it is not at hand."""
-    folders = [Path(pooch.os_cache("gpurnn"))]
+    folders = []
+    with suppress(ImportError):  # a machine that has no more than what kernels need
+        import pooch
+
+        folders = [Path(pooch.os_cache("gpurnn"))]
     if os.environ.get("GPURNN_DATA"):
         folders.insert(0, Path(os.environ["GPURNN_DATA"]))
     for folder in folders:

@@ -100,7 +100,7 @@ def _rnn_states(
             elif X.ndim == 2:
                 _recurrence(engine, plan, target, states, W_hh, b, activation, (X, W_xh))
             else:
-                engine.product(X.reshape(T * n, -1), W_xh, target.reshape(T * n, h))
+                engine.product(X.reshape(T * n, len(W_xh)), W_xh, target.reshape(T * n, h))
                 _recurrence(engine, plan, target, states, W_hh, b, activation)
     return states, Z
 

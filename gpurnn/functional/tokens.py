@@ -47,8 +47,8 @@ def embedding_backward(
 ) -> Floats:
     """Return dE (num_rows, d): the rows of dX (…, d) added up by their id, always in one order.
 
-    ``check_ids`` is as in ``embedding``; the result is written to ``out``, if that is an array. On a
-    GPU half types are summed as float32 and rounded once.
+    ``check_ids`` is as in ``embedding``; the result is written to ``out``, if that is an array. On
+    a GPU half types are summed as float32 and rounded once.
     """
     engine, (dX, ids), place = placed({"dX": dX, "ids": ids})
     with there(engine):
