@@ -18,13 +18,14 @@ whatever the one before came to, each with its own time limit:
     probe      what the GPU's exchanges between blocks take
     soak       random shapes, each twice, for a minute at most
     group      the benchmark where W_hh is split over blocks, and of a whole book in one pass
+    lm         the language model's benchmark, training and generating
     bench      the benchmark
 
 In the folder --out (else $OUT, else gpu-results) it writes summary.json (outcome, exit code and
 seconds of each part), imports.json, doctor.json, tests.json, tuned.json (a table for GPURNN_TUNED),
-soak.txt, group.json and bench.json with their plots, and log.txt, all that was printed. Exit code:
-0 every part passed; 1 one failed or ran out of time; 3 none failed, but one could not be run, and
-summary.json says why; 2 a mistake in the command.
+soak.txt, lm.json, group.json and bench.json with their plots, and log.txt, all that was printed.
+Exit code: 0 every part passed; 1 one failed or ran out of time; 3 none failed, but one could not be
+run, and summary.json says why; 2 a mistake in the command.
 """
 
 import argparse
@@ -48,6 +49,7 @@ BUDGET = 560.0  # seconds
 LEAST = 5.0  # seconds a part needs to be begun at all
 MARGIN = 50.0  # of the benchmark's limit: for the run in hand when it is reached
 GROUP_LIMIT = 220.0  # seconds, of its benchmark
+LM_LIMIT = 150.0  # seconds, of the language model's
 SOAK_MARGIN = 12.0  # of its limit, for what is being compiled when it is reached
 MOST_TRIALS = "9999"  # more would be drawn from more kernels than can be compiled meanwhile
 GRACE = 5.0  # seconds between asking a part to stop and making it
@@ -257,7 +259,7 @@ def judge_bench(rc: int, out: Path) -> tuple[str, str]:
         return "failed", f"nothing was measured, exit code {rc}: see log.txt"
     result = json.loads(out.read_text())
     records = result["records"]
-    measured = [record for record in records if "times_us" in record]
+    measured = [r for r in records if "times_us" in r or "per_second" in r]
     counts = {what: sum(what in r for r in records) for what in ("left_out", "failed")}
     told = f"{len(measured)} of {result.get('runs', len(records))} measured"
     told += "".join(f", {n} {what.replace('_', ' ')}" for what, n in counts.items() if n)
@@ -332,6 +334,11 @@ def parts_of(root: Path, out: Path, scratch: Path) -> list[Part]:
             writes=(figures, figures.with_suffix(".png")),
         )
 
+    def lm(seconds: float) -> list[str]:
+        limit = str(max(1.0, round(seconds - MARGIN, 1)))
+        options = ["--device", "cuda", "--limit", limit, "--out", str(language_model)]
+        return [python, "-m", "gpurnn.bench", "lm", *options]
+
     def soak(seconds: float) -> list[str]:
         limit = str(max(1.0, round(seconds - SOAK_MARGIN, 1)))
         return [python, "-m", "gpurnn.bench", "--soak", MOST_TRIALS, "--limit", limit]
@@ -352,7 +359,7 @@ def parts_of(root: Path, out: Path, scratch: Path) -> list[Part]:
         )
 
     doctor, imports, table = (out / f"{name}.json" for name in ("doctor", "imports", "tuned"))
-    soaked = out / "soak.txt"
+    soaked, language_model = out / "soak.txt", out / "lm.json"
     return [
         Part(
             "import",
@@ -396,6 +403,13 @@ def parts_of(root: Path, out: Path, scratch: Path) -> list[Part]:
             writes=(soaked,),
         ),
         bench("group", out / "group.json"),
+        Part(
+            "lm",
+            LM_LIMIT,
+            lm,
+            lambda rc: judge_bench(rc, language_model),
+            writes=(language_model,),
+        ),
         bench("default", out / "bench.json"),
     ]
 

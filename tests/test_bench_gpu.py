@@ -272,7 +272,7 @@ def test_limit_within_a_run(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> 
     """Our figures stay; the peers, and a graph, that would come after the limit are left out."""
     now = [0.0]
     fake = types.SimpleNamespace(perf_counter=lambda: now[0])
-    monkeypatch.setattr("gpurnn.bench.gpu.time", fake)
+    monkeypatch.setattr("gpurnn.bench.due.time", fake)
 
     class Slow(FakeClock):
         def _figure(self, kind: str, run: Callable[[], object]) -> dict[str, Any]:

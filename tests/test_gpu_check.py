@@ -260,16 +260,20 @@ def test_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = {p.name: p for p in check.parts_of(ROOT, tmp_path, tmp_path)}
     assert list(parts) == [
         *("import", "doctor", "tests", "memcheck", "racecheck"),
-        *("probe", "soak", "group", "bench"),
+        *("probe", "soak", "group", "lm", "bench"),
     ]
-    benchmarks = ("group", "bench")
+    benchmarks = ("group", "lm", "bench")
     assert sum(p.limit for p in parts.values() if p.name not in benchmarks) < check.BUDGET < 600
     assert parts["soak"].limit <= 60
-    for name, grid in zip(benchmarks, ("group", "default"), strict=True):
+    for name in benchmarks:
         command = parts[name].command(200.0)
         assert command[command.index("--limit") + 1] == "150.0"
-        assert command[command.index("--grid") + 1] == grid
         assert command[-1] == str(tmp_path / f"{name}.json")
+        assert parts[name].writes[0] == tmp_path / f"{name}.json"
+    for name, grid in (("group", "group"), ("bench", "default")):
+        command = parts[name].command(200.0)
+        assert command[command.index("--grid") + 1] == grid
+    assert parts["lm"].command(200.0)[3] == "lm"
     command = parts["soak"].command(60.0)
     assert command[-4:] == ["--soak", "9999", "--limit", "48.0"]
     assert parts["probe"].command(9.0)[-3:] == ["--probe", "--out", str(tmp_path / "tuned.json")]
@@ -322,7 +326,7 @@ def test_parts_run_without_what_they_do_not_need(tmp_path: Path) -> None:
     assert failed <= {"pooch", "greenlet"}, told  # they are installed here, and cannot be found
     code, told = outcome(parts["bench"].command(90.0))
     assert code == 2 and "there is no GPU to use" in told
-    for name in ("probe", "soak", "group"):
+    for name in ("probe", "soak", "group", "lm"):
         code, told = outcome(parts[name].command(90.0))
         assert code == 2 and "there is no GPU to use" in told, name
     code, told = outcome([*parts["tests"].command(9.0), "--collect-only", "-q"])
@@ -359,6 +363,13 @@ TIMES: dict[str, Any] = {"times_us": {}}
             True,
             "passed",
             "3 of 3 measured; peers: torch 3 measured",
+        ),
+        (
+            0,
+            [{"per_second": {}, "peers": {"torch_graph_ieee": {"per_second": {}}}}],
+            True,
+            "passed",
+            "1 of 3 measured; peers: torch_graph_ieee 1 measured",
         ),
         (
             0,

@@ -1,7 +1,8 @@
 """``python -m gpurnn.bench``: the benchmark without the command line's packages.
 
-As ``gpurnn bench``, but without its table: the result is the file --out, or JSON on stdout. Exit
-codes: 0 done; 1 something failed; 2 a mistake in the command; 143 stopped by SIGTERM.
+As ``gpurnn bench``, but without its table: the result is the file --out, or JSON on stdout. With
+"lm" it is the language model's. Exit codes: 0 done; 1 something failed; 2 a mistake in the command;
+143 stopped by SIGTERM.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from gpurnn.bench import command
 from gpurnn.bench.command import DEVICES, INSTALL, checked, draw, failures, measure
+from gpurnn.bench.lm import command as lm
 from gpurnn.bench.soak import Outcome, SoakError
 
 __all__ = ["main"]
@@ -24,6 +26,7 @@ TOLD_EVERY = 100  # trials of a soak
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m gpurnn.bench", description=__doc__)
+    parser.add_argument("what", nargs="?", default="rnn", help="rnn, or lm: the language model")
     parser.add_argument("--device", default="auto", help=f"one of {', '.join(DEVICES)}")
     parser.add_argument("--seconds", type=float, help="for each figure")
     parser.add_argument("--threads", type=int, default=2, help="on cpu, on both sides")
@@ -35,8 +38,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--soak", type=int, help="only run so many random shapes, twice each")
     parser.add_argument("--seed", type=int, default=0, help="of the soak")
     parser.add_argument("--kernel", help="of the soak; unset: all")
+    parser.add_argument("--compile", action="store_true", help="of lm on cpu: torch.compile too")
     given = parser.parse_args(arguments)
     try:
+        others = {
+            "grid": None if given.grid == "default" else given.grid,
+            "probe": given.probe or None,
+            "soak": given.soak,
+            "seed": given.seed or None,
+            "kernel": given.kernel,
+        }
+        command.check_what(given.what, compiled=given.compile, others=others)
+        if given.what == "lm":
+            return _lm(given)
         command.check_mode(
             probe=given.probe,
             soak=given.soak,
@@ -76,6 +90,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 _note(f"plot: {draw(asked.out)}")
             except (ValueError, OSError) as e:
                 return _failed(f"no plot: {e}")
+    told = failures(result)
+    return _failed(told) if told else 0
+
+
+def _lm(given: argparse.Namespace) -> int:
+    asked = lm.checked_lm(
+        given.device,
+        given.seconds,
+        given.threads,
+        given.limit,
+        given.out,
+        _note,
+        compiled=given.compile,
+    )
+    try:
+        result = lm.measure(asked, _note)
+    except ImportError as e:
+        return _failed(f"{e} ({INSTALL})")
+    except OSError as e:
+        return _failed(str(e))
+    if given.json or given.out is None:
+        print(json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False))
     told = failures(result)
     return _failed(told) if told else 0
 

@@ -29,6 +29,7 @@ KINDS: dict[str, tuple[Kind, ...]] = {
     "concatenated": ("step_concatenated", "step_backward"),
     "gemm": ("tail_forward", "layer_backward", "tail_backward"),
 }
+BY_ID: tuple[Kind, ...] = ("resident_forward", "group_forward", "step_forward")
 
 
 def specs_of(
@@ -38,14 +39,21 @@ def specs_of(
     device: planning.Limits,
     precision: str = "ieee",
     activation: str = "tanh",
+    *,
+    by_id: bool = False,
 ) -> list[KernelSpec]:
-    """Return the kernels that a pass takes, forward and backward."""
+    """Return the kernels of the recurrence that a pass takes, forward and backward.
+
+    ``by_id``: X holds token ids, whose rows of W_xh the forward kernel looks up itself.
+    """
     plan = planning.plan(
         **vars(shape), dtype=dtype, device=device, kernel=kernel, precision=precision
     )
     sizes = None if plan.kernel == "gemm" else plan.tile or planning.SIDE
     return [
-        KernelSpec(kind, sizes, activation, dtype, exchange=plan.exchange)
+        KernelSpec(
+            kind, sizes, activation, dtype, exchange=plan.exchange, by_id=by_id and kind in BY_ID
+        )
         for kind in KINDS[plan.kernel]
     ]
 
@@ -57,7 +65,9 @@ def compile_runs(runs: Sequence[Run], *, limit: float | None = None) -> list[str
     """
     device = limits_of(cupy().cuda.Device().id)
     specs = [
-        s for run in runs for s in specs_of(run.shape, run.dtype, run.kernel, device, run.precision)
+        spec
+        for run in runs
+        for spec in specs_of(run.shape, run.dtype, run.kernel, device, run.precision, by_id=run.ids)
     ]
     return compile_ahead(specs, device.compute_capability, limit=limit)
 

@@ -8,7 +8,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,18 +29,24 @@ __all__ = [
     "Result",
     "SoakCounts",
     "check_mode",
+    "check_out",
+    "check_seconds",
+    "check_what",
     "checked",
     "checked_probe",
     "checked_soak",
+    "device_of",
     "draw",
     "failures",
     "measure",
     "measure_probes",
     "soak",
+    "stopped_by_sigterm",
     "write_probes",
 ]
 
 INSTALL = "in the source folder: pip install -e '.[bench]'"
+WHAT = ("rnn", "lm")
 DEVICES = ("auto", "cpu", "cuda")
 SOAK_DEVICES = ("auto", "cuda", "emulator")
 SECONDS = {"cpu": 2.0, "cuda": 0.15}
@@ -127,13 +133,30 @@ def checked(
     Raises:
         ValueError: it cannot be made; the message says what came and what was expected.
     """
-    where = _device(device, note)
+    where = device_of(device, note)
     validate.positive("threads", threads)
     validate.choice("grid", grid, tuple(benchmark.GRIDS))
-    _check_out(out)
-    _check_seconds(seconds=seconds, limit=limit)
+    check_out(out)
+    check_seconds(seconds=seconds, limit=limit)
     seconds = SECONDS[where] if seconds is None else seconds
     return Asked(where, seconds, threads, limit, out, grid)
+
+
+def check_what(what: str, *, compiled: bool, others: Mapping[str, object]) -> None:
+    """Refuse what there is no benchmark of, and options that the one asked for would pass over.
+
+    ``others`` are the options that "lm" does not have, None where they are not given.
+
+    Raises:
+        ValueError: one of them; the message names it.
+    """
+    validate.choice("what", what, WHAT)
+    if what == "lm":
+        for name, given in others.items():
+            if given is not None:
+                raise ValueError(f"{name} is {given}: expected nothing, beside lm")
+    elif compiled:
+        raise ValueError("compile is given: expected it beside lm alone")
 
 
 def check_mode(
@@ -178,9 +201,9 @@ def checked_probe(device: str, seconds: float | None, out: Path | None, note: No
     """
     if device not in ("auto", "cuda"):
         raise ValueError(f"device is {device!r}: expected 'cuda' or 'auto' with --probe")
-    where = _device("cuda", note)
-    _check_out(out)
-    _check_seconds(seconds=seconds)
+    where = device_of("cuda", note)
+    check_out(out)
+    check_seconds(seconds=seconds)
     return Asked(where, SECONDS[where] if seconds is None else seconds, out=out)
 
 
@@ -198,8 +221,8 @@ def checked_soak(
     validate.at_least("seed", seed, 0)
     if kernel is not None:
         validate.choice("kernel", kernel, KERNELS)
-    _check_seconds(limit=limit)
-    where = device if device == "emulator" else _device("cuda", note)
+    check_seconds(limit=limit)
+    where = device if device == "emulator" else device_of("cuda", note)
     return AskedSoak(where, count, seed, kernel, limit)
 
 
@@ -210,7 +233,7 @@ def measure_probes(asked: Asked, note: Note) -> Probed:
         ImportError: something it needs is not installed.
         RuntimeError: a probe cannot be run, or does not do what it is timed for.
     """
-    with _stopped_by_sigterm():
+    with stopped_by_sigterm():
         return benchmark.measure_probes(seconds=asked.seconds, note=note)
 
 
@@ -232,7 +255,7 @@ def soak(asked: AskedSoak, note: Note, progress: Callable[[Outcome], None]) -> S
         ImportError: something it needs is not installed.
     """
     found = SoakCounts()
-    with _stopped_by_sigterm(), ExitStack() as around:
+    with stopped_by_sigterm(), ExitStack() as around:
         options: dict[str, Any] = {}
         begun = time.monotonic()
         if asked.device == "emulator":
@@ -254,12 +277,14 @@ def soak(asked: AskedSoak, note: Note, progress: Callable[[Outcome], None]) -> S
     return found
 
 
-def _check_out(out: Path | None) -> None:
+def check_out(out: Path | None) -> None:
+    """Raise ValueError unless a result can be written there."""
     if out is not None and not out.parent.is_dir():
         raise ValueError(f"out is {out}: {out.parent} is not a folder")
 
 
-def _check_seconds(**options: float | None) -> None:
+def check_seconds(**options: float | None) -> None:
+    """Raise ValueError unless each is None or a number of seconds."""
     for name, given in options.items():
         if given is not None:
             validate.number(name, given, "a finite number above 0", lambda x: 0 < x < math.inf)
@@ -276,7 +301,7 @@ def measure(asked: Asked, note: Note) -> dict[str, Any]:
         ArithmeticError: a result on the cpu is wrong.
         OSError: the file cannot be written.
     """
-    with _stopped_by_sigterm():
+    with stopped_by_sigterm():
         return _on_gpu(asked, note) if asked.device == "cuda" else _on_cpu(asked, note)
 
 
@@ -303,7 +328,12 @@ def failures(result: dict[str, Any]) -> str:
     return f"{failed} of {len(result['records'])} runs failed: see above" if failed else ""
 
 
-def _device(asked: str, note: Note) -> str:
+def device_of(asked: str, note: Note) -> str:
+    """Return cpu or cuda; ``note`` is told why "auto" is the former.
+
+    Raises:
+        ValueError: there is no such device.
+    """
     from gpurnn.doctor.device import why_no_gpu
 
     if asked not in DEVICES:
@@ -320,7 +350,7 @@ def _device(asked: str, note: Note) -> str:
 
 
 @contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
+def stopped_by_sigterm() -> Iterator[None]:
     """End by SystemExit when SIGTERM comes, so that what is under way is left in order."""
     if threading.current_thread() is not threading.main_thread():
         yield  # handlers can be set in the main thread alone

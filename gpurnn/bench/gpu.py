@@ -7,13 +7,13 @@ it against the float64 reference. The problem that is timed repeats those steps 
 """
 
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from gpurnn.bench.clocks import Clock, GPUClock, NotCapturedError, Pass
 from gpurnn.bench.common import ERROR_LIMITS, Figure, Problem, Shape, relative_error
 from gpurnn.bench.data import Data, exact_results, on_host
+from gpurnn.bench.due import Due, LateError
 from gpurnn.bench.floors import estimate, floor
 from gpurnn.bench.launches import RecordingEngine
 from gpurnn.bench.peers import MakePeer, peers_for
@@ -53,14 +53,14 @@ def measure_gpu(
     """
     engine = engine or GPUEngine(cupy().cuda.Device().id)
     clock = clock or GPUClock()
-    due = _Due(limit)
+    due = Due(limit)
     clock = _Punctual(clock, due)
     for run in runs:
         try:
             due.check()
             with engine.here():
                 record = _measure(run, engine, clock, due, seconds)
-        except _LateError as e:
+        except LateError as e:
             record = {**run.about(), "left_out": str(e)}
         except Exception as e:  # one run must not lose the others' figures
             record = {**run.about(), "failed": f"{type(e).__name__}: {e}"}
@@ -68,26 +68,10 @@ def measure_gpu(
         _free(engine)
 
 
-class _LateError(Exception):
-    """The time is used up; the message says so."""
-
-
-class _Due:
-    """When nothing new may be begun."""
-
-    def __init__(self, limit: float | None) -> None:
-        self.limit, self.begun = limit, time.perf_counter()
-
-    def check(self) -> None:
-        """Raise _LateError from then on."""
-        if self.limit is not None and time.perf_counter() - self.begun > self.limit:
-            raise _LateError("the time limit was reached")
-
-
 class _Punctual:
     """A clock that begins no figure when the time is used up."""
 
-    def __init__(self, clock: Clock, due: _Due) -> None:
+    def __init__(self, clock: Clock, due: Due) -> None:
         self.clock, self.due = clock, due
 
     def device(self, run: Pass, seconds: float) -> Figure:
@@ -107,7 +91,7 @@ class _Punctual:
         return self.clock.graph(run, seconds)
 
 
-def _measure(run: Run, engine: Engine, clock: Clock, due: _Due, seconds: float) -> dict[str, Any]:
+def _measure(run: Run, engine: Engine, clock: Clock, due: Due, seconds: float) -> dict[str, Any]:
     shape, limit = run.shape, _error_limit(run)
     steps = min(
         shape.T,
@@ -195,7 +179,7 @@ def _times(
             times[name] = clock.graph(replayed, seconds)
         except NotCapturedError as e:
             times[name] = {"failed": str(e)}
-        except _LateError as e:
+        except LateError as e:
             times[name] = {"left_out": str(e)}
     return times
 
@@ -207,7 +191,7 @@ def _peers(
     exact: list[Any],
     engine: Engine,
     clock: Clock,
-    due: _Due,
+    due: Due,
     seconds: float,
 ) -> dict[str, Any]:
     found: dict[str, Any] = {}
@@ -217,7 +201,7 @@ def _peers(
         try:
             due.check()
             found[name] = _peer(name, make, run, short, long, exact, engine, clock, seconds)
-        except _LateError as e:
+        except LateError as e:
             found[name] = {"left_out": str(e)}
         except Exception as e:  # whatever another library raises: our own figures must not be lost
             found[name] = {"failed": f"{type(e).__name__}: {e}"}

@@ -1,7 +1,6 @@
 """What goes with the GPU benchmark's records: what they depend on, what they come to."""
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -9,7 +8,7 @@ import numpy as np
 from gpurnn.bench import common
 from gpurnn.bench.floors import FORMULA
 
-__all__ = ["NOTES", "gpu_environment", "gpu_summary"]
+__all__ = ["NOTES", "gpu_environment", "gpu_summary", "ratio_summary"]
 
 NOTES = {
     "figures": "a pass timed between events includes the gaps between its launches: where it is "
@@ -49,9 +48,9 @@ def gpu_summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
             forward[sizes, record["kernel"]] = record["times_us"]["forward"]["median"]
     groups = dict.fromkeys(record["group"] for record in records if record.get("ratios"))
     return {
-        "ratios": _ratios([r for r in records if r.get("precision", "ieee") == "ieee"]),
+        "ratios": ratio_summary([r for r in records if r.get("precision", "ieee") == "ieee"]),
         "ratios_by_group": {
-            group: _ratios([r for r in records if r["group"] == group]) for group in groups
+            group: ratio_summary([r for r in records if r["group"] == group]) for group in groups
         },
         "peers_failed": failed,
         "peers_left_out": late,
@@ -65,7 +64,7 @@ def gpu_summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _ratios(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+def ratio_summary(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
     """Return geometric mean, minimum and number of the ratios of each peer and pass."""
     ratios: dict[str, dict[str, list[float]]] = {}
     for record in records:
@@ -95,7 +94,7 @@ def gpu_environment(device: int | None = None) -> dict[str, Any]:
         **common.machine(),
         "versions": common.versions(PACKAGES),
         "commit": common.commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": common.date(),
         "floor": FORMULA,
         "notes": NOTES,
     }

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gpurnn.bench import command
+from gpurnn.cli.bench_lm import run_lm
 from gpurnn.cli.output import FAILED, MISTAKE, err, fail, mistakes, note, print_json, reason
 from gpurnn.cli.probe import run_probes
 from gpurnn.cli.soak import run_soak
@@ -16,6 +17,10 @@ __all__ = ["bench"]
 
 
 def bench(
+    what: Annotated[
+        str,
+        typer.Argument(help="What to time: rnn, the recurrence, or lm, the language model."),
+    ] = "rnn",
     device: Annotated[
         str, typer.Option(help="Where to run: cuda, cpu, or auto (cuda if there is a GPU).")
     ] = "auto",
@@ -58,11 +63,29 @@ def bench(
     kernel: Annotated[
         str | None, typer.Option(help="Of the soak, by name; unset: all of them.")
     ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Of lm on cpu: time torch.compile too, as on cuda.")
+    ] = False,
 ) -> None:
     """Time rnn_forward + rnn_backward (tanh), on NumPy or a GPU, and whatever else is installed.
 
     On cpu against torch.nn.RNN; on cuda against it in ieee and tf32, a CuPy loop and JAX's scan.
+    With lm, time training and generation by the language model against PyTorch programs: eager,
+    as CUDA graphs, and with torch.compile.
     """
+    with mistakes():
+        others = {
+            "plot": plot,
+            "grid": None if grid == "default" else grid,
+            "probe": probe or None,
+            "soak": soak,
+            "seed": seed or None,
+            "kernel": kernel,
+        }
+        command.check_what(what, compiled=compiled, others=others)
+    if what == "lm":
+        run_lm(device, seconds, threads, limit, out, compiled=compiled, as_json=as_json)
+        return
     if plot is not None:
         _draw(plot)
         return
