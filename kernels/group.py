@@ -68,6 +68,7 @@ def forward(
     """Build ``kernel(Z, states, W_hh, b_h, words, report, T, n, row_0, patience)``.
 
     ``by_id`` kernels take X and W_xh before the others, and W_xh[X_t] in place of Z_t.
+
     H_t = φ(Z_t + b_h + H_{t-1} W_hh) (9.4.5), for the rows of the batch from row_0 on, as many as
     the groups of the grid own, or up to n. ``name`` is that of the exchange.
 
