@@ -484,7 +484,7 @@ class FakeCuPy(types.ModuleType):
 
     def take(self, a: Any, ids: Any, axis: int, out: Any) -> None:
         assert a.device.id == ids.device.id == out.device.id == FakeCuPy.current.id
-        np.take(a, ids, axis=axis, out=out)
+        self.queue(lambda: np.take(a, ids, axis=axis, out=out))
 
     def argwhere(self, a: Any) -> Any:
         return np.argwhere(a)

@@ -76,26 +76,25 @@ def taken(arguments: Mapping[str, object]) -> tuple[GPUEngine, dict[str, Array |
 
 def engine_of(a: Array) -> Engine | None:
     """Return what computes with ``a``, a NumPy or CuPy array; None is NumPy itself."""
-    if isinstance(a, np.ndarray):
-        return current_emulation()
-    return GPUEngine(a.device.id)
+    return GPUEngine(a.device.id) if on_gpu(a) else current_emulation()
 
 
 def library_of(a: Array) -> Any:
     """Return the library that made ``a``, a NumPy or CuPy array."""
-    return np if isinstance(a, np.ndarray) else cupy()
+    return cupy() if on_gpu(a) else np
 
 
 def on_host(a: Array) -> NDArray[Any]:
     """Return a NumPy array as it is, a CuPy array as a copy in the host's memory."""
-    if isinstance(a, np.ndarray):
-        return a
-    return GPUEngine(a.device.id).fetched(a)
+    if on_gpu(a):
+        return GPUEngine(a.device.id).fetched(a)
+    found: NDArray[Any] = a
+    return found
 
 
 def beside(a: Array, other: Array) -> Array:
     """Return a NumPy array ``a`` in the memory where ``other`` lies; any other as it is."""
-    if not isinstance(a, np.ndarray) or isinstance(other, np.ndarray):
+    if not isinstance(a, np.ndarray) or on_gpu(a) or not on_gpu(other):
         return a
     with other.device:
         return cupy().array(a)

@@ -1,0 +1,125 @@
+"""What the host does to train on a GPU, without one: CuPy is a stand-in, graphs are replayed."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import fake_cupy
+import numpy as np
+import pytest
+from fake_cupy import FakeCuPy
+from training_setup import CORPUS, state_of, tiny, trained
+
+from gpurnn.training import device as device_module
+from gpurnn.training import prepare
+from gpurnn.training.config import TrainingConfig
+from gpurnn.training.run import Run
+
+
+@pytest.fixture
+def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuPy]:
+    monkeypatch.setattr(device_module, "CHUNK", 2)
+    yield fake_cupy.install(monkeypatch)
+    fake_cupy.clear()
+
+
+def small(**changes: Any) -> TrainingConfig:
+    options = {"epochs": 2, "dtype": "float64", "num_steps": 3, "batch_size": 3, "hidden_size": 3}
+    return tiny(**({"max_tokens": 52, "valid_fraction": 0.0} | options | changes))
+
+
+def on_device(config: TrainingConfig, device: str = "cuda") -> Run:
+    return prepare(config, CORPUS, device=device)
+
+
+RUNS: dict[str, dict[str, Any]] = {
+    "windows, the last batch smaller": {"sampling": "windows", "batch_size": 15},
+    "a carried state, of two layers": {"sampling": "sequential", "num_layers": 2},
+    "all there is": {
+        "sampling": "sequential",
+        "embedding_size": 2,
+        "dropout": 0.3,
+        "bptt": "randomized",
+        "tau": 2,
+        "optimizer": "adamw",
+        "lr": 0.01,
+        "activation": "softplus",
+    },
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_by_graphs_is_that_of_numpy(cupy: FakeCuPy, name: str) -> None:
+    config = small(**RUNS[name])
+    expected = trained(config)
+    run = on_device(config, "cuda:1")
+    assert run.model.device == "cuda:1"
+    assert run.trainer.run()
+    for record, other in zip(run.trainer.history, expected.trainer.history, strict=True):
+        assert record["train_loss"] == pytest.approx(other["train_loss"], rel=1e-9)
+        assert record["largest_gradient_norm"] == pytest.approx(
+            other["largest_gradient_norm"], rel=1e-9
+        )
+    for key, a in run.model.to("cpu").params.items():
+        np.testing.assert_allclose(a, expected.model.params[key], rtol=1e-8, atol=1e-10)
+    shapes = 2 if name.startswith("windows") else 1
+    assert len(cupy.graphs) == shapes
+    assert len(cupy.replays) == run.trainer.progress.step - shapes  # the first as it is
+    assert {device for _, device in cupy.launches} == {1}
+
+
+def test_the_card_has_the_next_steps_before_the_host_waits(cupy: FakeCuPy) -> None:
+    run = on_device(small(sampling="sequential", epochs=1))
+    seen: list[tuple[int, int]] = []
+
+    def on_step() -> bool:
+        seen.append((run.trainer.progress.step, len(cupy.replays)))
+        return True
+
+    run.trainer.run(on_step=on_step)
+    steps = run.trainer.progress.step
+    assert steps >= 5
+    for told, replayed in seen[:-2]:
+        assert replayed + 1 == min(told + 2, steps)  # two told of, two more on their way
+
+
+def test_a_longer_epoch_finds_room(cupy: FakeCuPy) -> None:
+    """Random offsets make some epochs longer: tables move, and what was captured goes."""
+    config = small(sampling="random", epochs=4, max_tokens=46, seed=0)
+    run = on_device(config)
+    lengths: list[int] = []
+    begin = run.trainer._steps.begin
+
+    def begun(plan: Any) -> None:
+        lengths.append(len(plan.batches))
+        begin(plan)
+
+    run.trainer._steps.begin = begun  # type: ignore[method-assign]
+    assert run.trainer.run()
+    assert max(lengths) > lengths[0], f"no epoch is longer than the first, {lengths}: another seed"
+    assert len(cupy.graphs) == 2
+    expected = trained(config)
+    for record, other in zip(run.trainer.history, expected.trainer.history, strict=True):
+        assert record["train_loss"] == pytest.approx(other["train_loss"], rel=1e-9)
+
+
+def test_paused_and_resumed_by_graphs(cupy: FakeCuPy) -> None:
+    config = small(sampling="sequential", optimizer="adamw", lr=0.01, dropout=0.2)
+    whole = on_device(config)
+    whole.trainer.run()
+    first = on_device(config)
+    assert first.trainer.run(on_step=lambda: False) is False
+    second = on_device(config)
+    second.trainer.restore(first.trainer.contents())
+    second.trainer.run()
+    assert state_of(second) == state_of(whole)
+
+
+def test_devices_by_name(cupy: FakeCuPy) -> None:
+    model = on_device(small()).model
+    assert model.device == "cuda:0"
+    assert model.to("cpu").device == "cpu"
+    assert all(type(p) is np.ndarray for p in model.params.values())
+    assert model.to("cuda:3").device == "cuda:3"
+    with pytest.raises(ValueError, match="CUDA device 9 cannot be used"):
+        model.to("cuda:9")
+    assert model.device == "cuda:3"
