@@ -117,6 +117,60 @@ def parsed(text: str) -> Any:
     return json.loads(text, parse_constant=refuse_constant)
 
 
+# --device
+
+
+@pytest.mark.parametrize("subcommand", ["train", "eval", "generate"])
+def test_devices(
+    subcommand: str,
+    corpus: Path,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "model.safetensors"
+    arguments = {
+        "train": [corpus, "--out", out, *options_of(epochs=1)],
+        "eval": [model, corpus],
+        "generate": [model, "--prefix", "the", "-n", 3, "--seed", 1],
+    }[subcommand]
+    asked: list[str] = []
+
+    def named(device: str) -> None:
+        asked.append(device)
+        if device != "cpu":
+            raise ValueError("no GPU here")
+
+    monkeypatch.setattr("gpurnn.cuda.devices.named", named)
+    on_cpu = inside(subcommand, *arguments, "--device", "cpu")
+    assert on_cpu.code == 0
+    assert "device" not in on_cpu.stderr
+    ended = inside(subcommand, *arguments, "--device", "cuda:1")
+    assert (ended.code, ended.stdout) == (2, "")
+    assert ended.stderr == "error: no GPU here\n"
+    assert asked[-1] == "cuda:1"
+    if subcommand == "train":
+        arguments.append("--overwrite")
+    ended = inside(subcommand, *arguments)
+    assert ended.code == 0
+    assert ended.stderr.startswith("device cpu: no GPU can be used (no GPU here)\n")
+    assert ended.stdout == on_cpu.stdout
+
+
+@pytest.mark.parametrize("subcommand", ["train", "eval", "generate"])
+def test_a_device_of_another_name_is_refused(
+    subcommand: str, corpus: Path, model: Path, tmp_path: Path
+) -> None:
+    arguments = {
+        "train": [corpus, "--out", tmp_path / "model.safetensors"],
+        "eval": [model, corpus],
+        "generate": [model, "--prefix", "the"],
+    }[subcommand]
+    ended = inside(subcommand, *arguments, "--device", "gpu")
+    assert (ended.code, ended.stdout) == (2, "")
+    assert ended.stderr == "error: device is 'gpu': expected 'cpu', 'cuda' or 'cuda:N'\n"
+
+
 # train
 
 
@@ -314,7 +368,7 @@ def test_every_setting_has_an_option() -> None:
     fields = {field.name for field in dataclasses.fields(TrainingConfig)}
     options = {parameter.name for parameter in COMMANDS["train"].params}
     assert fields == set(OPTIONS) <= options
-    others = {"out", "preset", "resume_run", "overwrite", "save_every", "as_json", "help"}
+    others = {"out", "preset", "resume_run", "overwrite", "save_every", "device", "as_json", "help"}
     assert options - fields <= others
 
 
@@ -334,13 +388,15 @@ def test_no_option_is_the_default_preset(started: list[Started]) -> None:
     (config, out, options), again = started
     assert config == again.config == TrainingConfig()
     assert out == Path("gpurnn-model.safetensors")
+    assert options.pop("device").startswith(("cpu", "cuda:"))  # what is there
     assert options == {"overwrite": False, "save_every": 15.0}
 
 
 def test_out_overwrite_and_save_every_reach_the_run(started: list[Started]) -> None:
     inside("train", "--out", "a/b.safetensors", "--overwrite", "--save-every", "2.5")
     assert started[0].out == Path("a/b.safetensors")
-    assert started[0].options == {"overwrite": True, "save_every": 2.5}
+    options = started[0].options
+    assert (options["overwrite"], options["save_every"]) == (True, 2.5)
 
 
 def test_clip_0_never_clips(started: list[Started]) -> None:

@@ -18,8 +18,11 @@ DeviceOption = Annotated[
 ]
 
 
-def device_of(device: str) -> str:
-    """Return the device to be used; say which, where that was left to us and there is no GPU.
+def device_of(device: str, *, tell: bool = False) -> str:
+    """Return the device to be used, and say which, if that was left to us.
+
+    Where it is the CPU as nothing is installed for a GPU, only those hear of it who have much to
+    compute: ``tell``.
 
     Raises:
         ValueError: there is no such device, or something that it needs is not installed.
@@ -29,6 +32,8 @@ def device_of(device: str) -> str:
     except ImportError as e:
         raise ValueError(str(e)) from e
     if why_not_gpu is not None:
+        if not tell and isinstance(why_not_gpu, ImportError):
+            return where
         note(f"device cpu: no GPU can be used ({why_not_gpu})")
     elif device == "auto":
         note(f"device {where}")

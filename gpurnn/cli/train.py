@@ -138,12 +138,12 @@ def train(
         if resume_run:
             if overwrite:
                 raise ValueError("--resume goes on with a run, --overwrite replaces it: not both")
-            where = device_of(device)
+            where = device_of(device, tell=True)
             session = resume(out, epochs=epochs, save_every=save_every, device=where)
             _refuse_changes(session.run.config, preset, given)
         else:
             config = _config(preset, given)
-            where = device_of(device)
+            where = device_of(device, tell=True)
             session = start(config, out, overwrite=overwrite, save_every=save_every, device=where)
     _announce(session)
     signal = _run(session)

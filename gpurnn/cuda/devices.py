@@ -36,8 +36,8 @@ def named(device: str) -> GPUEngine | None:
     return GPUEngine(index)
 
 
-def chosen(device: str) -> tuple[str, str | None]:
-    """Return the device that a command shall use, and if it was left to us, why not a GPU.
+def chosen(device: str) -> tuple[str, Exception | None]:
+    """Return the device that a command shall use, and if it was left to us, why it is no GPU.
 
     "auto" is the first GPU if there is one that can be used, and else the CPU.
 
@@ -50,6 +50,6 @@ def chosen(device: str) -> tuple[str, str | None]:
     try:
         engine = named("cuda")
     except (ImportError, ValueError) as e:
-        return "cpu", str(e)
+        return "cpu", e
     assert engine is not None
     return f"cuda:{engine.index}", None
