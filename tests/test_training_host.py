@@ -9,6 +9,7 @@ import pytest
 from fake_cupy import FakeCuPy
 from training_setup import CORPUS, state_of, tiny, trained
 
+from gpurnn.doctor import language_model as doctor
 from gpurnn.training import device as device_module
 from gpurnn.training import prepare
 from gpurnn.training.config import TrainingConfig
@@ -123,3 +124,31 @@ def test_devices_by_name(cupy: FakeCuPy) -> None:
     with pytest.raises(ValueError, match="CUDA device 9 cannot be used"):
         model.to("cuda:9")
     assert model.device == "cuda:3"
+
+
+def test_doctor_trains_and_generates(cupy: FakeCuPy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "why_no_gpu", lambda: None)
+    found = {finding.name: finding for finding in doctor.gpu_checks()}
+    assert set(found) == {
+        f"GPU, {what}, {dtype}"
+        for what in ("training", "generation")
+        for dtype in ("float32", "float64")
+    }
+    assert {finding.status for finding in found.values()} == {"ok"}, found
+
+
+def test_doctor_finds_a_run_that_is_another(
+    cupy: FakeCuPy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "why_no_gpu", lambda: None)
+    inner = device_module.update.update
+
+    def forgets_to_clip(*arguments: Any) -> None:
+        scalars = arguments[-1]
+        scalars.settings.fill(np.inf)
+        inner(*arguments)
+
+    monkeypatch.setattr(device_module.update, "update", forgets_to_clip)
+    found = {finding.name: finding for finding in doctor.gpu_checks()}
+    assert found["GPU, training, float64"].status == "failed"
+    assert "wrong numbers" in found["GPU, training, float64"].detail

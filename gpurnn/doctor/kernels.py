@@ -24,6 +24,7 @@ from gpurnn import compiler
 from gpurnn import functional as F
 from gpurnn.activation import Activation
 from gpurnn.cuda.engines import cupy, emulated
+from gpurnn.doctor import language_model
 from gpurnn.doctor.device import describe, why_no_gpu
 from gpurnn.doctor.findings import Finding, found_by
 from gpurnn.planning import Group
@@ -131,6 +132,7 @@ def emulated_checks() -> Iterator[Finding]:
                 yield _checked(name, np.asarray, sizes, dtype, kernel, "tanh", False)
 
         yield from found_by(name, check)
+    yield from language_model.emulated_checks()
 
 
 def gpu_checks() -> Iterator[Finding]:
@@ -162,6 +164,7 @@ def gpu_checks() -> Iterator[Finding]:
             yield _checked(name, cupy().asarray, GPU_SIZES, dtype, kernel, activation, by_id)
 
         yield from found_by(name, check)
+    yield from language_model.gpu_checks()
 
 
 def _checked(
