@@ -13,6 +13,9 @@ the product of both it and ``step``; ``tail`` is what remains of a step whose pr
 makes. A kernel is made by a factory for sizes, an activation (``activations``) and a way of storing
 numbers (``storage``); its docstring is the contract.
 
+``generate`` draws whole texts, one a block, ``generate_group`` one over several blocks: products by
+``dense``, of matrices that lie on the chip or not, and tokens by ``sampling`` and ``philox``.
+
 Layouts
 -------
 Every array is C-contiguous. Sizes and names are the chapter's (*Dive into Deep Learning*,
