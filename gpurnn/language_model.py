@@ -4,14 +4,14 @@ import dataclasses
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, Self, overload
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from gpurnn import checkpoint, loss, validate
+from gpurnn import checkpoint, generation, loss, validate
 from gpurnn import functional as F
 from gpurnn.activation import Activation
 from gpurnn.batches import Windows
@@ -19,6 +19,7 @@ from gpurnn.cuda import devices
 from gpurnn.cuda.arrays import beside, engine_of, library_of, on_host
 from gpurnn.cuda.engines import GPUEngine
 from gpurnn.evaluation import Evaluation
+from gpurnn.planning import Group
 from gpurnn.rnn import RNN, Initialisation, draw_weights
 from gpurnn.sampling import TokenSampler
 from gpurnn.text import Tokenizer, Vocabulary
@@ -280,6 +281,7 @@ class LanguageModel:
         """Bits per character of a text: ``evaluate(text).bits_per_character``."""
         return self.evaluate(text).bits_per_character
 
+    @overload
     def generate(
         self,
         prefix: str,
@@ -289,28 +291,92 @@ class LanguageModel:
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
-    ) -> str:
-        """Continue a text by n tokens.
+        kernel: str | Group | None = None,
+    ) -> str: ...
+
+    @overload
+    def generate(
+        self,
+        prefix: list[str] | tuple[str, ...],
+        n: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        kernel: str | Group | None = None,
+    ) -> list[str]: ...
+
+    def generate(
+        self,
+        prefix: str | list[str] | tuple[str, ...],
+        n: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        kernel: str | Group | None = None,
+    ) -> str | list[str]:
+        """Continue a text by n tokens, or each of several.
 
         The prefix is preprocessed like the training text and warms up the state. Characters that
         are outside the vocabulary even then are read as ``<unk>``, with a warning that names them.
         ``<unk>`` and reserved tokens are never generated.
 
+        Where the parameters lie on a GPU, all of it is one launch. One seed gives one text, on a
+        GPU that of NumPy, but where rounding decides. Texts differ by their row: the first of
+        several is what its prefix alone gives.
+
         Args:
-            prefix: at least one token.
+            prefix: a text of at least one token, or several.
             n: how many tokens to add.
             temperature, top_k, top_p, seed: see ``sampling.TokenSampler``; temperature 0 is greedy.
+            kernel: see ``generated``.
 
         Returns:
-            The prefix as given, then the continuation.
+            The prefix as given, then the continuation; a list of such for several.
 
         Raises:
-            ValueError: an empty prefix, n below 0, a setting out of range.
+            ValueError: an empty prefix, n below 0, a setting out of range, or a kernel that cannot
+                be.
         """
         validate.at_least("n", n, 0)
         sampler = TokenSampler(temperature, top_k, top_p, self.vocabulary.reserved_ids, seed)
-        ids = self.encode_prefix(prefix)
-        return self.continued(prefix, list(self.generate_ids(ids, n, sampler)))
+        texts = [prefix] if isinstance(prefix, str) else list(prefix)
+        ids = []
+        for text in texts:
+            ids.append(self.encode_prefix(text))  # noqa: PERF401 (its warning names the caller)
+        rows = self.generated(ids, n, sampler, kernel)
+        found = [self.continued(text, row) for text, row in zip(texts, rows, strict=True)]
+        return found[0] if isinstance(prefix, str) else found
+
+    def generated(
+        self,
+        prefixes: Sequence[Ids],
+        n: int,
+        sampler: TokenSampler,
+        kernel: str | Group | None = None,
+    ) -> Ids:
+        """Return (rows, n) ids: each prefix (N,), N ≥ 1, continued by n tokens.
+
+        Token i of row r is drawn by the sampler's number (count + i, r), and the count moves on by
+        n: what a row holds depends on no other row.
+
+        Args:
+            prefixes: ids, in the host's memory as what is returned.
+            n: how many tokens, 0 or more.
+            sampler: how they are drawn.
+            kernel: where the parameters lie on a GPU, or under the emulator: "resident" (a block a
+                row, all weights in it), "streamed" (what it cannot hold is read in each step) or
+                "group" (several blocks a row, each with a part of W_hh: one layer, float32), or a
+                ``gpurnn.Group``; None chooses. All are one launch, of as many rows as run at once.
+
+        Raises:
+            TypeError, ValueError: an argument is out of range, a kernel is named without a GPU or
+                cannot hold the model, or logits are NaN or infinite.
+        """
+        return generation.generated(self, prefixes, n, sampler, kernel)
 
     def encode_prefix(self, prefix: str) -> Ids:
         """Return the ids of a prefix (N,), N ≥ 1; warn of what the vocabulary lacks.
@@ -338,14 +404,8 @@ class LanguageModel:
         return prefix + separator + text
 
     def generate_ids(self, prefix: Ids, n: int, sampler: TokenSampler) -> Iterator[int]:
-        """Yield n ids, each drawn given the prefix (N,) and all drawn before it."""
-        H, state = self.rnn(self._inputs(prefix[:, None]))
-        O = F.linear(H[-1], self._own["W_hq"], self._own.get("b_q"))
-        for i in range(n):
-            token = sampler.draw(O[0])
-            yield token
-            if i + 1 < n:
-                state, O = self.step(np.array([token]), state)
+        """Yield n ids, each drawn given the prefix (N,) and all drawn before it; on NumPy."""
+        return generation.continuation(self, prefix, n, sampler.draw)
 
     def save(
         self,

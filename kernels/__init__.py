@@ -17,6 +17,9 @@ the ``sums`` of a block. ``dropout`` makes its mask anew wherever it is wanted, 
 kernel is made by a factory for sizes, an activation (``activations``) and a way of storing numbers
 (``storage``); its docstring is the contract.
 
+``generate`` draws whole texts, one a block, ``generate_group`` one over several blocks: products by
+``dense``, of matrices that lie on the chip or not, and tokens by ``sampling`` and ``philox``.
+
 Layouts
 -------
 Every array is C-contiguous. Sizes and names are the chapter's (*Dive into Deep Learning*,

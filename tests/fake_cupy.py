@@ -458,7 +458,7 @@ class FakeCuPy(types.ModuleType):
         return made
 
     def empty(self, shape: Any, dtype: Any) -> Any:
-        poison = 0xFF if np.dtype(dtype) == np.uint8 else np.nan
+        poison = np.nan if np.dtype(dtype).kind not in "iu" else np.iinfo(dtype).max
         return self._allocate(lambda: np.full(shape, poison, dtype))
 
     def empty_like(self, a: Any) -> Any:

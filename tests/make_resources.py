@@ -18,6 +18,7 @@ from gpurnn import planning, resources
 from gpurnn.activation import Activation
 from gpurnn.compiler import ptx_of
 from gpurnn.cuda.specs import REAL, KernelSpec, Kind, build, signature
+from gpurnn.dense import GroupSizes, RowSizes
 from gpurnn.planning import Group
 from gpurnn.planning.tokens import SHARED
 from gpurnn.resources import Resources
@@ -57,6 +58,13 @@ class Case:
         parts = [spec.kind, spec.dtype]
         if isinstance(sizes, TensorShare) and sizes.kind != spec.dtype:
             parts.append(sizes.kind)
+        if isinstance(sizes, RowSizes):
+            streams = any(m.kept + m.held < m.pieces for m in sizes.matrices)
+            parts += [f"h={sizes.h}", f"q={sizes.q}", f"layers={sizes.layers}"]
+            parts.append("streamed" if streams else "resident")
+        if isinstance(sizes, GroupSizes):
+            parts += [f"h={sizes.share.h}", f"q={sizes.q}", f"blocks={sizes.share.blocks}"]
+            parts += ["split"] * sizes.split + [str(spec.exchange)]
         if isinstance(sizes, Share | TensorShare):
             parts += [f"h={sizes.h}", f"blocks={sizes.blocks}", f"rows={sizes.slice_rows}"]
             parts.append(str(spec.exchange))
@@ -89,6 +97,11 @@ class Case:
         return sizes if isinstance(sizes, Share | TensorShare) else None
 
     @property
+    def generator(self) -> RowSizes | GroupSizes | None:
+        sizes = self.spec.sizes
+        return sizes if isinstance(sizes, RowSizes | GroupSizes) else None
+
+    @property
     def product(self) -> int:
         """Multiply-adds of a thread in one product with W_hh, of the rows it takes at a time."""
         sizes = self.spec.sizes
@@ -114,6 +127,8 @@ class Case:
             return SHARED
         if self.share:
             return self.share.shared_bytes
+        if self.generator:
+            return self.generator.shared_numbers * self.itemsize
         return self.tile.shared_weights * self.itemsize if self.tile else 0
 
 
@@ -229,6 +244,49 @@ def _group(
         for target in targets:
             spec = KernelSpec(kind, found.tile, activation, stored, scaled, exchange)
             yield Case(spec, target, core)
+
+
+def _generation(
+    h: int,
+    q: int = 28,
+    kernel: str | Group | None = None,
+    layers: int = 1,
+    dtype: str = "float32",
+    target: tuple[int, int] = SM_90,
+    activation: str = "tanh",
+    *,
+    core: bool = False,
+) -> Iterator[Case]:
+    """Yield what ``generation_plan`` makes of one text."""
+    device = planning.DEVICES["A100" if target == SM_80 else "H100"]
+    found = planning.generation_plan(
+        rows=1, h=h, q=q, layers=layers, dtype=dtype, device=device, kernel=kernel
+    )
+    kind: Kind = "generate_group" if isinstance(found.tile, GroupSizes) else "generate_rows"
+    spec = KernelSpec(kind, found.tile, activation, dtype, False, found.exchange)
+    yield Case(spec, target, core)
+
+
+def _generation_cases() -> Iterator[Case]:
+    eight = Group(8, "cluster")
+    yield from _generation(128, core=True)
+    yield from _generation(512, kernel=eight, core=True)
+    # A block a row: all in registers, some of it in shared memory, most of it read in each step.
+    yield from _generation(128, target=SM_80)
+    yield from _generation(200, activation="softplus")
+    yield from _generation(128, 97)
+    yield from _generation(64, 300)
+    yield from _generation(64, layers=3)
+    yield from _generation(64, dtype="float64")
+    yield from _generation(512, kernel="streamed")
+    yield from _generation(512, kernel="streamed", target=SM_80)
+    yield from _generation(400, 97, layers=2, dtype="float64")
+    # Groups.
+    yield from _generation(512, kernel=Group(16, "cluster"))
+    yield from _generation(512, kernel=Group(8, "flags"), target=SM_80)
+    yield from _generation(512, kernel=Group(16, "counter"))
+    yield from _generation(1024, 97, kernel=Group(exchange="flags"))
+    yield from _generation(512, 3000, kernel=Group(exchange="flags"))
 
 
 def _group_cases() -> Iterator[Case]:
@@ -390,6 +448,7 @@ def _cases() -> Iterator[Case]:
     yield Case(KernelSpec("step_backward", planning.SIDE, "tanh", "float32", True), SM_90, False)
     yield Case(KernelSpec("tail_backward", None, "tanh", "float32", True), SM_90, False)
     yield Case(KernelSpec("tail_forward", None, SILU, "float32"), SM_90, False)
+    yield from _generation_cases()
     yield from _resident(both, "float32", 128, (1,), (SM_100,))
     yield from _resident(both, "float32", 224, (4,), (SM_100,))
     yield from _resident((BACKWARD,), "float64", 64, (1,), (SM_100,))

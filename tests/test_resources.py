@@ -88,6 +88,8 @@ def faults(case: Case, found: Measured) -> list[str]:
         wrong.append(f"expected 64-bit addresses of global memory, not {narrow[0]}")
     if case.share:
         return wrong + group_faults(case, found)
+    if case.generator:
+        return wrong + generator_faults(found)
     return wrong + (resident_faults(case, found) if case.tile else [])
 
 
@@ -126,6 +128,18 @@ def group_faults(case: Case, found: Measured) -> list[str]:
             f"{mix['HMMA']} products on tensor cores in the recurrent loop: expected "
             f"{case.product_instructions}, or a multiple"
         )
+    return wrong
+
+
+def generator_faults(found: Measured) -> list[str]:
+    wrong = []
+    if found.resources.shared > planning.generation.STATIC:
+        wrong.append(
+            f"{found.resources.shared} bytes of static shared memory: planning leaves "
+            f"{planning.generation.STATIC}"
+        )
+    if not instruction_mix(recurrent_loop(found.sass))["LDS.128"]:
+        wrong.append("no LDS.128 in the recurrent loop: expected 128-bit loads of shared memory")
     return wrong
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tolerance import assert_close
 
+from gpurnn import philox
 from gpurnn.sampling import TokenSampler
 
 Array = NDArray[Any]
@@ -64,17 +65,13 @@ def test_draws_follow_a_distribution_that_is_cut() -> None:
     assert chi_squared(draws, p) < 16.27
 
 
-class Fixed:
-    """A generator whose numbers are known."""
-
-    def __init__(self, u: float) -> None:
-        self.u = u
-
-    def random(self) -> float:
-        return self.u
+def fixed(sampler: TokenSampler, u: float) -> TokenSampler:
+    """Make all draws of a sampler by one number."""
+    sampler.uniform = lambda number, row=0: u  # type: ignore[method-assign]
+    return sampler
 
 
-LARGEST = 1 - 2**-53  # the largest number that a generator returns
+LARGEST = 1 - 2**-24  # the largest number that there is
 
 
 def test_a_draw_inverts_the_distribution() -> None:
@@ -89,12 +86,10 @@ def test_a_draw_inverts_the_distribution() -> None:
         (0.75 + 1e-9, 4),
         (LARGEST, 4),
     ]:
-        sampler.rng = Fixed(u)  # type: ignore[assignment]
-        assert sampler.draw(O) == expected, u
+        assert fixed(sampler, u).draw(O) == expected, u
     equal = np.zeros(4)
     for u, expected in [(0.0, 0), (0.25, 1), (0.5, 2), (0.75, 3)]:
-        sampler.rng = Fixed(u)  # type: ignore[assignment]
-        assert sampler.draw(equal) == expected, u
+        assert fixed(sampler, u).draw(equal) == expected, u
 
 
 @pytest.mark.parametrize("u", [0.0, 0.5, LARGEST])
@@ -103,23 +98,23 @@ def test_what_has_no_probability_is_not_drawn_even_at_the_ends(u: float) -> None
         O = np.random.default_rng(q).standard_normal(q).astype(np.float32)
         allowed = q // 2
         sampler = TokenSampler(never=tuple(i for i in range(q) if i != allowed))
-        sampler.rng = Fixed(u)  # type: ignore[assignment]
-        assert sampler.draw(O) == allowed
+        assert fixed(sampler, u).draw(O) == allowed
         sampler = TokenSampler(never=(0, q - 1))
-        sampler.rng = Fixed(u)  # type: ignore[assignment]
-        assert 0 < sampler.draw(O) < q - 1
+        assert 0 < fixed(sampler, u).draw(O) < q - 1
 
 
-def test_a_draw_takes_one_number_and_a_greedy_one_none() -> None:
-    rng, twin = np.random.default_rng(5), np.random.default_rng(5)
-    sampler = TokenSampler(0.7, top_k=3, top_p=0.9, seed=rng)
-    for _ in range(10):
-        sampler.draw(LOGITS)
-        twin.random()
-    greedy = TokenSampler(0, seed=rng)
-    for _ in range(10):
-        greedy.draw(LOGITS)
-    assert rng.bit_generator.state == twin.bit_generator.state
+def test_the_number_of_a_draw_is_that_of_its_place() -> None:
+    """Counted where it is not said, from 0 on: the same as on a GPU, by seed, token and row."""
+    sampler = TokenSampler(0.7, top_k=3, top_p=0.9, seed=5)
+    counted = [sampler.draw(LOGITS) for _ in range(300)]
+    assert sampler.count == 300
+    placed = [sampler.draw(LOGITS, number=i) for i in reversed(range(300))]
+    assert placed[::-1] == counted and sampler.count == 300
+    assert [sampler.draw(LOGITS, number=i, row=1) for i in range(300)] != counted
+    for number, row in ((0, 0), (255, 0), (256, 0), (256, 3), (7, 3), (1 << 31, 2)):
+        word = philox.words(5, number, row, 0, philox.SAMPLING)[0]
+        assert sampler.uniform(number, row) == int(word >> 8) / 2**24
+    assert TokenSampler(seed=5 + (1 << 64)).uniform(3) == sampler.uniform(3)
 
 
 def test_one_seed_gives_one_sequence() -> None:
@@ -127,8 +122,11 @@ def test_one_seed_gives_one_sequence() -> None:
         sampler = TokenSampler(seed=seed)
         return [sampler.draw(LOGITS) for _ in range(50)]
 
-    assert draws(1) == draws(1) == draws(np.random.default_rng(1))
+    assert draws(1) == draws(1)
     assert draws(1) != draws(2)
+    assert draws(np.random.default_rng(1)) == draws(np.random.default_rng(1))
+    rng = np.random.default_rng(1)
+    assert draws(rng) != draws(rng)  # each sampler draws a seed of its own
     assert draws(None) != draws(None)  # by chance once in 10³⁰
     assert all(type(i) is int for i in draws(1))
 

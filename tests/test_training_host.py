@@ -143,12 +143,11 @@ def test_doctor_finds_a_run_that_is_another(
     monkeypatch.setattr(doctor, "why_no_gpu", lambda: None)
     inner = device_module.update.update
 
-    def forgets_to_clip(*arguments: Any) -> None:
-        scalars = arguments[-1]
-        scalars.settings.fill(np.inf)
+    def forgets_the_gradients(*arguments: Any) -> None:
+        arguments[2].grads.fill(0)
         inner(*arguments)
 
-    monkeypatch.setattr(device_module.update, "update", forgets_to_clip)
+    monkeypatch.setattr(device_module.update, "update", forgets_the_gradients)
     found = {finding.name: finding for finding in doctor.gpu_checks()}
     assert found["GPU, training, float64"].status == "failed"
     assert "wrong numbers" in found["GPU, training, float64"].detail

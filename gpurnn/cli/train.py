@@ -296,7 +296,7 @@ def _sample(session: Session) -> dict[str, str]:
     ids = (run.valid_ids if len(run.valid_ids) else run.train_ids)[:length]
     prefix = model.tokenizer.join(model.vocabulary.decode(ids))
     sampler = TokenSampler(0.8, never=model.vocabulary.reserved_ids, seed=run.config.seed)
-    text = model.continued(prefix, list(model.generate_ids(ids, SAMPLE_LENGTH, sampler)))
+    text = model.continued(prefix, model.generated([ids], SAMPLE_LENGTH, sampler)[0])
     return {"prefix": prefix, "text": text}
 
 

@@ -13,7 +13,7 @@ from functools import cache, lru_cache
 from hashlib import sha256
 from pathlib import Path
 
-from gpurnn import compiler, files, narrowing, slots, tile
+from gpurnn import compiler, dense, files, narrowing, slots, tile
 from gpurnn.cuda import specs
 from gpurnn.cuda.specs import MOST_KEPT, KernelSpec, build, signature
 
@@ -109,7 +109,7 @@ def sources() -> list[Path]:
     """Return the files that machine code depends on."""
     import gpurnn.kernels
 
-    modules = (compiler, specs, tile, narrowing, slots)
+    modules = (compiler, specs, dense, tile, narrowing, slots)
     used = [Path(module.__file__) for module in modules if module.__file__]
     for folder in gpurnn.kernels.__path__:
         used += sorted(Path(folder).glob("*.py"))

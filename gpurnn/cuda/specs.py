@@ -34,6 +34,11 @@ ARGUMENTS: dict[str, tuple[int | str, ...]] = {
     "resident_backward": (1, 1, 1, 2, "i", "i"),
     "group_forward": (1, 1, 2, 1, "words", "report", "i", "i", "i", "i"),
     "group_backward": (1, 1, 1, 2, "words", "report", "i", "i", "i", "i"),
+    "generate_rows": ("ids", "ids", 1, 1, 1, "r1", 1, "ids", "ids", *"iiiiii"),
+    "generate_group": (
+        *("ids", "ids", 1, 2, 2, 1, "r1", "words", "words", 1, "ids", "ids", "report"),
+        *"iiiiiiiii",
+    ),
     "step_forward": (3, 3, 2, 1, "i"),
     "step_concatenated": (3, 3, 3, 2, 2, 1, "i"),
     "step_backward": (3, 3, 3, 2, "i"),
@@ -67,6 +72,8 @@ Kind = Literal[
     "resident_backward",
     "group_forward",
     "group_backward",
+    "generate_rows",
+    "generate_group",
     "step_forward",
     "step_concatenated",
     "step_backward",
@@ -168,6 +175,8 @@ def build(spec: KernelSpec) -> Callable[..., None]:
         tokens,
         update,
     )
+    from gpurnn.kernels.generate import generate_rows
+    from gpurnn.kernels.generate_group import generate_group
     from gpurnn.kernels.storage import STORAGES
 
     storage = STORAGES[spec.dtype]
@@ -188,6 +197,10 @@ def build(spec: KernelSpec) -> Callable[..., None]:
             made = group.forward(sizes, pair, storage, spec.exchange, by_id=spec.by_id)
         case "group_backward":
             made = group.backward(sizes, pair, storage, spec.exchange, scaled=spec.scaled)
+        case "generate_rows":
+            made = generate_rows(sizes, pair, storage)
+        case "generate_group":
+            made = generate_group(sizes, pair, storage, spec.exchange)
         case "step_forward":
             made = step.forward(sizes, pair, storage, by_id=spec.by_id)
         case "step_concatenated":

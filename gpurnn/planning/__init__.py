@@ -8,6 +8,7 @@ been measured on a GPU (``gpurnn.tuned``) goes before the model.
 """
 
 from gpurnn.planning.choose import KERNELS, plan
+from gpurnn.planning.generation import GENERATORS, generation_plan, generation_words
 from gpurnn.planning.group import EXCHANGES, MOST_BLOCKS, Group, scratch_words
 from gpurnn.planning.limits import DEVICES, Limits, limits
 from gpurnn.planning.plans import (
@@ -32,6 +33,7 @@ __all__ = [
     "DEVICES",
     "DTYPES",
     "EXCHANGES",
+    "GENERATORS",
     "KERNELS",
     "LATENCY",
     "MOST_BLOCKS",
@@ -44,6 +46,8 @@ __all__ = [
     "Plan",
     "ScatterPlan",
     "dtype_name",
+    "generation_plan",
+    "generation_words",
     "largest_resident",
     "limits",
     "plan",

@@ -14,7 +14,18 @@ from gpurnn.planning.limits import Limits
 from gpurnn.planning.plans import Plan, counted
 from gpurnn.tile import LINE, VECTOR, WARP, Share, TensorShare
 
-__all__ = ["EXCHANGES", "Group", "group_plans", "scratch_words", "why_no_group"]
+__all__ = [
+    "EXCHANGES",
+    "Group",
+    "all_sizes",
+    "exchange_cycles",
+    "group_plans",
+    "groups_at_once",
+    "registers_of",
+    "scratch_words",
+    "tried_sizes",
+    "why_no_group",
+]
 
 EXCHANGES = ("cluster", "flags", "counter")
 
@@ -89,8 +100,8 @@ def group_plans(
     found: list[tuple[float, Plan]] = []
     idle: list[tuple[float, Plan]] = []
     for exchange in EXCHANGES if wish.exchange is None else (wish.exchange,):
-        for blocks in _sizes(h, exchange, device) if wish.blocks is None else (wish.blocks,):
-            at_once = _groups_at_once(blocks, exchange, device)
+        for blocks in tried_sizes(h, exchange, device) if wish.blocks is None else (wish.blocks,):
+            at_once = groups_at_once(blocks, exchange, device)
             if at_once == 0:
                 continue
             for rows in _rows(n, at_once) if wish.rows is None else (wish.rows,):
@@ -124,11 +135,11 @@ def why_no_group(h: int, dtype: str, device: Limits, wish: Group) -> str:
         )
     if wish.blocks is not None:
         exchanges = EXCHANGES if wish.exchange is None else (wish.exchange,)
-        possible = {size for exchange in exchanges for size in _all_sizes(exchange, device)}
+        possible = {size for exchange in exchanges for size in all_sizes(exchange, device)}
         if wish.blocks not in possible:
             most = max(possible, default=0)
             if exchanges == ("cluster",):
-                sizes = ", ".join(map(str, _all_sizes("cluster", device)))
+                sizes = ", ".join(map(str, all_sizes("cluster", device)))
                 return (
                     f"blocks is {wish.blocks} and clusters of {device.name} have {sizes} blocks: "
                     "expected one of these"
@@ -154,20 +165,21 @@ def scratch_words(plan: Plan) -> int:
     return groups * LINE if plan.exchange == "counter" else 2
 
 
-def _all_sizes(exchange: str, device: Limits) -> tuple[int, ...]:
+def all_sizes(exchange: str, device: Limits) -> tuple[int, ...]:
+    """Return how many blocks a group can have."""
     if exchange == "cluster":
         most = min(device.largest_cluster, device.multiprocessors)
         return tuple(size for size in CLUSTERS if size <= most)
     return tuple(range(2, device.multiprocessors + 1))
 
 
-def _sizes(h: int, exchange: str, device: Limits) -> tuple[int, ...]:
+def tried_sizes(h: int, exchange: str, device: Limits) -> tuple[int, ...]:
     """Return the sizes to look at where none is asked for.
 
     Widths of a block come in steps, so each number of blocks is taken down to as many as own a
     column.
     """
-    sizes = _all_sizes(exchange, device)
+    sizes = all_sizes(exchange, device)
     if exchange == "cluster":
         # More than 8 is not portable: taken unasked only where the parts of a chip hold it.
         whole = device.multiprocessors >= WHOLE_CHIP
@@ -179,13 +191,13 @@ def _sizes(h: int, exchange: str, device: Limits) -> tuple[int, ...]:
     return tuple(sorted(found & set(sizes)))
 
 
-def _groups_at_once(blocks: int, exchange: str, device: Limits) -> int:
+def groups_at_once(blocks: int, exchange: str, device: Limits) -> int:
     """Return how many groups run at once; 0 if none does. A block has a multiprocessor to itself.
 
     A cluster lies within one part of the chip, of 16 multiprocessors or a few more: those are left
     over. Clusters that do not run at once follow one another; where fewer do, that is all.
     """
-    if blocks not in _all_sizes(exchange, device):
+    if blocks not in all_sizes(exchange, device):
         return 0
     if exchange == "cluster" and blocks > 2:
         return max(1, device.multiprocessors // PART_OF_CHIP * PART_OF_CHIP // blocks)
@@ -276,7 +288,7 @@ def _plan(
     groups = -(-groups // launches)
     product = _product_cycles(share)
     rows = min(share.slice_rows, max(1, n))
-    cycles = product + _exchange_cycles(share, rows, exchange, min(groups, at_once), device)
+    cycles = product + exchange_cycles(share, rows, exchange, min(groups, at_once), device)
     step = cycles / device.clock_ghz
     blocks = groups * share.blocks
     words = "registers" if _all_in_registers(share) else "registers and shared memory"
@@ -338,9 +350,10 @@ def _product_cycles(share: Share | TensorShare) -> float:
     return CHAIN + share.passes * max(issued * schedulers, float(loads * warps))
 
 
-def _exchange_cycles(
+def exchange_cycles(
     share: Share | TensorShare, rows: int, exchange: str, groups: int, device: Limits
 ) -> float:
+    """Return what an exchange of so many rows adds to a step, with so many groups at once."""
     latencies = tuned.latencies(device.name, device.clock_ghz)
     clock = device.clock_ghz
     values = rows * share.h

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from gpurnn.dense import GroupSizes, RowSizes
 from gpurnn.tile import Share, TensorShare, Tile
 
 __all__ = [
@@ -50,10 +51,11 @@ class Plan:
 
     ``grid`` counts blocks, ``block`` threads (x, y, z); ``shared`` is dynamic shared memory, bytes.
     ``launches`` are those of the forward pass. ``tile`` has the sizes of a resident or group
-    kernel, None for others. Of a group kernel, ``exchange`` says how its blocks tell one another
-    their states, and ``cluster`` how many of them are a cluster. ``chunk`` is the steps of a gemm
-    graph, at most; with 0 nothing is captured. Of gemm ``grid`` and ``block`` are those of what
-    follows the product. ``precision`` is how products with W_hh treat float32.
+    kernel, or of one that generates, None for others. Of a group kernel, ``exchange`` says how its
+    blocks tell one another their states, and ``cluster`` how many of them are a cluster. ``chunk``
+    is the steps of a gemm graph, at most; with 0 nothing is captured. Of gemm ``grid`` and
+    ``block`` are those of what follows the product. ``precision`` is how products with W_hh treat
+    float32.
     """
 
     kernel: str
@@ -61,7 +63,7 @@ class Plan:
     block: tuple[int, int, int]
     shared: int
     launches: int
-    tile: Tile | Share | TensorShare | None
+    tile: Tile | Share | TensorShare | RowSizes | GroupSizes | None
     why: tuple[str, ...]
     exchange: str | None = None
     cluster: int = 1
