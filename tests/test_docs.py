@@ -1,6 +1,7 @@
 """The figures of docs/kernels.md are those of tests/resources.json, and the plan fits them."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -75,3 +76,23 @@ def test_the_plan_guesses_registers_well_enough() -> None:
         assert 0.75 <= guess / measured["registers"] <= 1.25, f"{key}: {guess}"
         checked += 1
     assert checked > 40
+
+
+def test_the_times_of_generations_are_those_of_the_plan() -> None:
+    text = (ROOT / "docs" / "language-model.md").read_text()
+    cell = r"([\d.]+) \((\w+)(?:, (\w+), (\d+) blocks)?\)"
+    rows = re.findall(rf"^\| (\d+) \| {cell} \| {cell} \|$", text, re.MULTILINE)
+    assert [int(row[0]) for row in rows] == [128, 200, 512, 1024]
+    for h, *cells in rows:
+        for q, (time, kernel, exchange, blocks) in ((28, cells[:4]), (4580, cells[4:])):
+            plan = planning.generation_plan(
+                rows=1,
+                h=int(h),
+                q=q,
+                layers=1,
+                dtype="float32",
+                device=planning.DEVICES["H100"],
+            )
+            assert (plan.kernel, plan.exchange or "") == (kernel, exchange)
+            assert math.prod(plan.grid) == int(blocks or 1)
+            assert f"about {time} µs a token" in str(plan)
