@@ -18,7 +18,8 @@ kernel is made by a factory for sizes, an activation (``activations``) and a way
 (``storage``); its docstring is the contract.
 
 ``generate`` draws whole texts, one a block, ``generate_group`` one over several blocks: products by
-``dense``, of matrices that lie on the chip or not, and tokens by ``sampling`` and ``philox``.
+``dense``, of matrices that lie on the chip or not, and tokens by ``sampling`` or, of many,
+``sampling_block``.
 
 Layouts
 -------

@@ -19,7 +19,8 @@ from gpurnn.kernels.activations import Pair
 from gpurnn.kernels.dense import Functions, dense
 from gpurnn.kernels.device import DeviceFunction, device, in_order
 from gpurnn.kernels.philox import philox, uniform
-from gpurnn.kernels.sampling import by_block, by_warp
+from gpurnn.kernels.sampling import by_warp
+from gpurnn.kernels.sampling_block import by_block
 from gpurnn.kernels.storage import Storage
 
 __all__ = ["generate_rows"]

@@ -19,7 +19,8 @@ from gpurnn.kernels.device import DeviceFunction, device
 from gpurnn.kernels.exchange import exchange
 from gpurnn.kernels.part import Part
 from gpurnn.kernels.philox import philox, uniform
-from gpurnn.kernels.sampling import by_block, by_warp
+from gpurnn.kernels.sampling import by_warp
+from gpurnn.kernels.sampling_block import by_block
 from gpurnn.kernels.storage import Storage
 from gpurnn.tile import WARP
 

@@ -17,7 +17,7 @@ from gpurnn.cuda import generation
 from gpurnn.cuda.engines import EmulatedEngine
 from gpurnn.dense import Dense, GroupSizes, RowSizes
 from gpurnn.kernels.sampling import NOT_A_NUMBER
-from gpurnn.planning import Group, Limits
+from gpurnn.planning import Group, Limits, generation_group, generation_parts, generation_rows
 from gpurnn.planning import generation as plans
 from gpurnn.sampling import TokenSampler
 
@@ -123,7 +123,7 @@ def test_many_tokens_are_drawn_by_a_block(settings: dict[str, Any]) -> None:
 
 
 def test_logits_that_shared_memory_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plans, "MOST_LOGITS", 0)
+    monkeypatch.setattr(generation_rows, "MOST_LOGITS", 0)
     model = words_model(130, hidden_size=5)
     for settings in ({"temperature": 0.7}, {"top_p": 0.5, "top_k": 20}):
         assert_as_numpy(model, settings, n=3, lengths=(2, 1))
@@ -152,8 +152,8 @@ def test_what_a_block_does_not_hold_is_read_in_each_step(monkeypatch: pytest.Mon
     model = language(hidden_size=40, activation="identity", bias=False)
     for p in model.params.values():
         p *= 0.3
-    monkeypatch.setattr(plans, "OTHER_REGISTERS", 255 - 90)
-    monkeypatch.setattr(plans, "IN_FLIGHT", 20)
+    monkeypatch.setattr(generation_rows, "OTHER_REGISTERS", 255 - 90)
+    monkeypatch.setattr(generation_parts, "IN_FLIGHT", 20)
     card = with_shared(1024 + 8 * 2200)
     sizes, kernel = sizes_of(model, card)
     first = sizes.matrices[0]
@@ -163,7 +163,7 @@ def test_what_a_block_does_not_hold_is_read_in_each_step(monkeypatch: pytest.Mon
 
 
 def test_more_columns_than_a_pass_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plans, "MOST_ROW_THREADS", 32)
+    monkeypatch.setattr(generation_rows, "MOST_THREADS", 32)
     model = language(ALPHABET, hidden_size=37, num_layers=2)
     for device in ("H100", with_shared(1024 + 8 * 500)):
         sizes, kernel = sizes_of(model, device)
@@ -199,8 +199,8 @@ def group_plan(model: LanguageModel, blocks: int, exchange: str, *, split: bool)
     """A plan of a group that exchanges its logits, or does not."""
     (h, q), rows = model.params["W_hq"].shape, 2
     device = planning.DEVICES["H100"]
-    sizes = next(plans._group_sizes(h, q, blocks, device, split=split))
-    return plans._group_plan(rows, sizes, exchange, 8, device)[1]
+    sizes = next(generation_group.group_sizes(h, q, blocks, device, split=split))
+    return generation_group.group_plan(rows, sizes, exchange, 8, device)[1]
 
 
 def by_plan(
@@ -245,7 +245,7 @@ def test_many_tokens_are_drawn_by_every_block_of_a_group(
     exchange: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where their table is more than shared memory has room for."""
-    monkeypatch.setattr(plans, "MOST_TABLE", 0)
+    monkeypatch.setattr(generation_group, "MOST_TABLE", 0)
     model = words_model(130, hidden_size=7, dtype=np.float32)
     plan = group_plan(model, 2, exchange, split=False)
     expected = model.generated(some_prefixes(model, (2, 1)), 2, sampler_of({}))

@@ -86,6 +86,8 @@ def test_a_kernel_that_is_named_is_had() -> None:
     assert (found.grid, found.exchange, found.cluster) == ((4, 1, 1), "flags", 1)
     assert plan(kernel=Group(4, "cluster"), h=100, rows=3).grid == (12, 1, 1)
     assert plan(kernel=Group(4, "flags"), h=100, rows=50).launches == 2
+    many = plan(kernel=Group(16, "cluster"), rows=5000)
+    assert (many.grid, many.launches) == ((1 << 16, 1, 1), 2)
 
 
 def test_every_block_of_a_group_owns_columns() -> None:

@@ -133,10 +133,10 @@ def group_faults(case: Case, found: Measured) -> list[str]:
 
 def generator_faults(found: Measured) -> list[str]:
     wrong = []
-    if found.resources.shared > planning.generation.STATIC:
+    if found.resources.shared > planning.generation_parts.STATIC:
         wrong.append(
             f"{found.resources.shared} bytes of static shared memory: planning leaves "
-            f"{planning.generation.STATIC}"
+            f"{planning.generation_parts.STATIC}"
         )
     if not instruction_mix(recurrent_loop(found.sass))["LDS.128"]:
         wrong.append("no LDS.128 in the recurrent loop: expected 128-bit loads of shared memory")

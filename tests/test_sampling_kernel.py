@@ -11,7 +11,7 @@ from test_sampling import chi_squared
 
 from gpurnn import emulator, philox
 from gpurnn.dense import MOST_OF_A_WARP
-from gpurnn.kernels import sampling
+from gpurnn.kernels import sampling, sampling_block
 from gpurnn.kernels.philox import philox as words_of
 from gpurnn.kernels.philox import uniform
 from gpurnn.sampling import TokenSampler
@@ -44,7 +44,7 @@ def warp_kernel(q: int, real: Any) -> Any:
 
 def block_kernel(q: int, real: Any, threads: int) -> Any:
     """Build a kernel whose blocks draw from a row each, several times."""
-    draw = sampling.by_block(q, real, threads)
+    draw = sampling_block.by_block(q, real, threads)
     size = uint32(q)
 
     def draws(O, P, out, settings, times, top_k, key):

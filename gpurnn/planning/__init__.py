@@ -8,7 +8,8 @@ been measured on a GPU (``gpurnn.tuned``) goes before the model.
 """
 
 from gpurnn.planning.choose import KERNELS, plan
-from gpurnn.planning.generation import GENERATORS, generation_plan, generation_words
+from gpurnn.planning.generation import GENERATORS, generation_plan
+from gpurnn.planning.generation_group import generation_words
 from gpurnn.planning.group import EXCHANGES, MOST_BLOCKS, Group, scratch_words
 from gpurnn.planning.limits import DEVICES, Limits, limits
 from gpurnn.planning.plans import (
