@@ -165,7 +165,7 @@ def _training(run: TrainRun, setting: Setting, due: Due) -> dict[str, Any]:
 def _generation(run: GenerateRun, setting: Setting, due: Due) -> dict[str, Any]:
     model, prefixes = _to_generate(run, setting)
     never = model.vocabulary.reserved_ids
-    ours = OurGeneration(model, prefixes, run.characters)
+    ours = OurGeneration(model, prefixes, run.ours)
     greedy = ours.greedy(min(GREEDY, run.characters))
     task = GenerateTask(
         prefix=np.stack([model.vocabulary.encode(p) for p in prefixes], axis=1),

@@ -8,6 +8,9 @@ __all__ = ["CHARACTERS", "GenerateRun", "LMRun", "TrainRun", "lm_runs"]
 CHARACTERS = {"cpu": 100, "cuda": 1000}
 """Of each text that is generated; calls are repeated until a block is long against the clock."""
 
+IN_A_CALL = {"cpu": {}, "cuda": {1: 100_000, 64: 10_000}}
+"""Of ours, by the number of texts."""
+
 
 @dataclass(frozen=True)
 class TrainRun:
@@ -29,11 +32,21 @@ class TrainRun:
 
 @dataclass(frozen=True)
 class GenerateRun:
-    """Generation: n texts at once, h units, so many characters each."""
+    """Generation: n texts at once, h units, so many characters each.
+
+    ``in_a_call`` are those that our side makes in one call, which is one launch, and the others'
+    are ``characters``: theirs cost the same each, ours begin with the packing of the weights.
+    """
 
     n: int
     h: int
     characters: int
+    in_a_call: int = 0
+
+    @property
+    def ours(self) -> int:
+        """Characters of a call of our side's."""
+        return self.in_a_call or self.characters
 
     @property
     def group(self) -> str:
@@ -47,6 +60,7 @@ class GenerateRun:
             "unit": "characters",
             "shape": {"n": self.n, "h": self.h},
             "characters": self.characters,
+            "characters_in_our_call": self.ours,
         }
 
 
@@ -61,5 +75,8 @@ def lm_runs(device: str) -> tuple[LMRun, ...]:
     found: list[LMRun] = []
     for training in _TRAINING:
         found.append(training)
-        found += [GenerateRun(n, training.h, CHARACTERS[device]) for n in (1, 64)]
+        found += [
+            GenerateRun(n, training.h, CHARACTERS[device], IN_A_CALL[device].get(n, 0))
+            for n in (1, 64)
+        ]
     return tuple(found)
