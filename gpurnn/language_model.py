@@ -16,8 +16,7 @@ from gpurnn import functional as F
 from gpurnn.activation import Activation
 from gpurnn.batches import Windows
 from gpurnn.cuda import devices
-from gpurnn.cuda.arrays import beside, engine_of, library_of, on_host
-from gpurnn.cuda.engines import GPUEngine
+from gpurnn.cuda.arrays import beside, gpu_of, library_of, on_gpu, on_host
 from gpurnn.evaluation import Evaluation
 from gpurnn.planning import Group
 from gpurnn.rnn import RNN, Initialisation, draw_weights
@@ -30,7 +29,7 @@ Floats = NDArray[Any]
 Ids = NDArray[Any]
 
 EVALUATION_CHUNK = 1024  # time steps whose logits are held at once
-EVALUATION_CHUNK_ON_GPU = 1 << 15  # each costs a wait
+NUMBERS_ON_GPU = 1 << 25  # states or logits of a GPU's chunk, where it is larger
 
 
 class LanguageModel:
@@ -111,8 +110,8 @@ class LanguageModel:
     @property
     def device(self) -> str:
         """Where the parameters lie: "cpu", or a GPU such as "cuda:0"."""
-        engine = engine_of(self._own["W_hq"])
-        return f"cuda:{engine.index}" if isinstance(engine, GPUEngine) else "cpu"
+        gpu = gpu_of(self._own["W_hq"])
+        return "cpu" if gpu is None else f"cuda:{gpu.index}"
 
     def to(self, device: str) -> Self:
         """Move the parameters to "cpu", "cuda" (CuPy's current GPU) or "cuda:N"; return the model.
@@ -122,6 +121,8 @@ class LanguageModel:
             ImportError: a GPU is meant, and CuPy is not installed.
         """
         engine = devices.named(device)
+        if engine == gpu_of(self._own["W_hq"]):
+            return self
         moved = {name: on_host(p) for name, p in self.params.items()}
         if engine is not None:
             with engine.here():
@@ -130,12 +131,18 @@ class LanguageModel:
         return self
 
     def use_params(self, params: Mapping[str, Floats]) -> None:
-        """Take these arrays, of the names and shapes of ``params``, for the parameters themselves.
+        """Take these arrays for the parameters themselves; what writes to them changes the model.
 
-        They are not copied: what writes to them changes the model.
+        Names, shapes and dtypes are those of ``params``; all lie in one place, CuPy's or NumPy's.
+
+        Raises:
+            ValueError: they are others.
         """
-        own = self.params
-        assert {k: p.shape for k, p in own.items()} == {k: p.shape for k, p in params.items()}
+        layout, own = ({k: (p.shape, p.dtype) for k, p in a.items()} for a in (params, self.params))
+        if layout != own:
+            raise ValueError(f"parameters {layout}: expected {own}")
+        if len({gpu_of(p) for p in params.values()}) > 1:
+            raise ValueError("parameters lie in several places: expected one")
         for name, a in params.items():
             (self._own if name in self._own else self.rnn.params)[name] = a
 
@@ -154,7 +161,7 @@ class LanguageModel:
 
     def step(self, X_t: Ids, state: Floats) -> tuple[Floats, Floats]:
         """Update the state once: ids X_t (n,) → the next state, and O_t (n, q)."""
-        X_t = self._beside(X_t)
+        X_t = self._beside(X_t, "X_t")
         place = validate.kernels_place(library_of(self._own["W_hq"]))
         O, state = self.forward(validate.array("X_t", X_t, place)[None], state)
         return state, O[0]
@@ -187,7 +194,7 @@ class LanguageModel:
             a GPU the mean is a float64 array without axes, and nothing waits for it.
         """
         W_hq, b_q, E = self._own["W_hq"], self._own.get("b_q"), self._own.get("E")
-        X, Y = self._beside(X), self._beside(Y)
+        X, Y = self._beside(X), self._beside(Y, "targets")
         inputs = self._inputs(X, check_ids=check_ids)
         H, state, residuals = self.rnn.forward(inputs, state, check_ids=check_ids)
         dropped = noise if self.dropout else None
@@ -215,7 +222,7 @@ class LanguageModel:
     ) -> tuple[Floats, Floats]:
         """−log p of each target Y (T, n) given X (T, n), natural logarithm; and the final state."""
         O, state = self.forward(X, state)
-        return F.negative_log_likelihood(O, self._beside(Y)), state
+        return F.negative_log_likelihood(O, self._beside(Y, "targets")), state
 
     def encode(self, text: str) -> Ids:
         """Return the ids of a text's tokens; what the vocabulary lacks becomes ``<unk>``."""
@@ -244,7 +251,10 @@ class LanguageModel:
         if len(checked) < 2:
             raise ValueError(f"ids has shape {checked.shape}: expected at least 2 tokens")
         nats, state = 0.0, None
-        chunk = EVALUATION_CHUNK if self.device == "cpu" else EVALUATION_CHUNK_ON_GPU
+        chunk = EVALUATION_CHUNK
+        if self.device != "cpu":  # a chunk costs a wait
+            largest = max(self.rnn.hidden_size, len(self.vocabulary))
+            chunk = max(chunk, min(NUMBERS_ON_GPU // largest, 1 << 16))
         for start in range(0, len(checked) - 1, chunk):
             window = checked[start : start + chunk + 1, None]
             nll, state = self.negative_log_likelihood(window[:-1], window[1:], state)
@@ -257,9 +267,9 @@ class LanguageModel:
         means, tokens = [], []
         for X, Y in windows.epoch(np.random.default_rng(0)):
             nll, _ = self.negative_log_likelihood(X, Y)
-            means.append(float(nll.mean(dtype=np.float64)))
+            means.append(nll.mean(dtype=np.float64))
             tokens.append(nll.size)
-        return tuple(means), tuple(tokens)
+        return tuple(map(float, means)), tuple(tokens)  # on a GPU only now something waits
 
     def book_perplexity(self, text: str, *, num_steps: int = 32, batch_size: int = 1024) -> float:
         """Return the book's figure: the mean over batches of exp(loss of the batch).
@@ -503,7 +513,14 @@ class LanguageModel:
             return X
         return F.embedding(X, E, check_ids=check_ids)
 
-    def _beside(self, ids: Ids) -> Ids:
-        """Return ids in the memory where the parameters lie."""
-        there: Ids = beside(ids, self._own["W_hq"])
+    def _beside(self, ids: Ids, name: str = "X") -> Ids:
+        """Return ids in the memory where the parameters lie; what are none are left to be refused.
+
+        Raises:
+            TypeError: they are to be copied to a GPU, and are no array of integers.
+        """
+        if gpu_of(self._own["W_hq"]) is None or on_gpu(ids):
+            return ids
+        checked = validate.integers(name, ids)
+        there: Ids = beside(checked, self._own["W_hq"])
         return there

@@ -37,6 +37,7 @@ __all__ = [
     "embedding_backward",
     "generator",
     "hidden_layer",
+    "integers",
     "kernels_place",
     "like",
     "linear",
@@ -408,7 +409,7 @@ def token_ids(
     Kernels take int32. For ids on a GPU this waits for it, to know their range; ``check=False``
     trusts them there. Those that are ``ignored`` may lie anywhere.
     """
-    ids = _integers(name, a, place)
+    ids = integers(name, a, place)
     if ids.size and (check or place.xp is np):
         looked_at = ids if ignored is None else _others(ids, ignored)
         low, high = (int(looked_at.min()), int(looked_at.max())) if looked_at.size else (0, 0)
@@ -431,7 +432,7 @@ def _others(ids: Ids, ignored: int) -> Ids:
 
 def text_ids(name: str, a: object) -> Ids:
     """Return ``a``, itself and no copy, if it is a one-dimensional array of integers."""
-    ids = _integers(name, a)
+    ids = integers(name, a)
     _rank(name, ids, "(N,) ids", 1)
     return ids
 
@@ -507,7 +508,8 @@ def array(name: str, a: object, place: Place = HOST) -> NDArray[Any]:
     raise TypeError(f"{name} is a {kind}: expected a numpy.ndarray")
 
 
-def _integers(name: str, a: object, place: Place = HOST) -> Ids:
+def integers(name: str, a: object, place: Place = HOST) -> Ids:
+    """Return ``a`` if it is an array of integers that lies in ``place``."""
     ids = array(name, a, place)
     if ids.dtype.kind not in "iu":
         raise TypeError(f"{name} has dtype {ids.dtype}: expected integer token ids")

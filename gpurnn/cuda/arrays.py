@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 
 from gpurnn.cuda.engines import Array, Engine, GPUEngine, cupy, current_emulation
 
-__all__ = ["beside", "engine_of", "library_of", "on_gpu", "on_host", "taken"]
+__all__ = ["beside", "copied", "engine_of", "gpu_of", "library_of", "on_gpu", "on_host", "taken"]
 
 DLPACK_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
 
@@ -76,7 +77,12 @@ def taken(arguments: Mapping[str, object]) -> tuple[GPUEngine, dict[str, Array |
 
 def engine_of(a: Array) -> Engine | None:
     """Return what computes with ``a``, a NumPy or CuPy array; None is NumPy itself."""
-    return GPUEngine(a.device.id) if on_gpu(a) else current_emulation()
+    return gpu_of(a) or current_emulation()
+
+
+def gpu_of(a: Array) -> GPUEngine | None:
+    """Return the GPU that ``a``, a NumPy or CuPy array, lies on; None is the host's memory."""
+    return GPUEngine(a.device.id) if on_gpu(a) else None
 
 
 def library_of(a: Array) -> Any:
@@ -90,6 +96,12 @@ def on_host(a: Array) -> NDArray[Any]:
         return GPUEngine(a.device.id).fetched(a)
     found: NDArray[Any] = a
     return found
+
+
+def copied(a: Array) -> Array:
+    """Return a copy where ``a``, a NumPy or CuPy array, lies."""
+    with nullcontext() if not on_gpu(a) else a.device:
+        return a.copy()
 
 
 def beside(a: Array, other: Array) -> Array:

@@ -15,7 +15,7 @@ from gpurnn.cuda import update
 from gpurnn.cuda.engines import Array, Engine
 from gpurnn.slots import Counts, Rates, Record, Settings
 
-__all__ = ["global_norm", "settings_array", "step"]
+__all__ = ["global_norm", "settings_array", "step", "views"]
 
 Arrays = Mapping[str, Array]
 
@@ -92,18 +92,23 @@ def global_norm(engine: Engine, grads: Arrays) -> float:
         return math.sqrt(float(sums[: len(sums) // 2].sum()))
 
 
+def views(flat: Array, arrays: Arrays) -> dict[str, Array]:
+    """Cut a flat array into one like each of ``arrays``, in their order."""
+    found, begin = {}, 0
+    for name, a in arrays.items():
+        found[name] = flat[begin : begin + a.size].reshape(a.shape)
+        begin += a.size
+    return found
+
+
 def _flattened(engine: Engine, arrays: Arrays, order: Arrays) -> Array:
     first = next(iter(order.values()))
     flat = engine.xp.zeros(sum(a.size for a in order.values()), first.dtype)
-    begin = 0
-    for name, a in order.items():
-        flat[begin : begin + a.size] = arrays[name].reshape(-1)
-        begin += a.size
+    for name, view in views(flat, order).items():
+        view[...] = arrays[name]
     return flat
 
 
 def _put_back(flat: Array, arrays: Arrays) -> None:
-    begin = 0
-    for a in arrays.values():
-        a[...] = flat[begin : begin + a.size].reshape(a.shape)
-        begin += a.size
+    for name, view in views(flat, arrays).items():
+        arrays[name][...] = view

@@ -14,9 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gpurnn import validate
 from gpurnn.batches import Sampler
 from gpurnn.cuda import optimizing, update
+from gpurnn.cuda.arrays import beside, on_host
 from gpurnn.cuda.engines import Array, Engine
+from gpurnn.cuda.optimizing import views
 from gpurnn.cuda.recording import Read, recorder
 from gpurnn.language_model import LanguageModel
 from gpurnn.optimizers import Optimizer
@@ -35,8 +38,12 @@ finite, up to twice as many steps later."""
 class DeviceSteps:
     """Makes updates on an engine; see ``steps.Steps``.
 
-    The model's parameters become views of one array, and stay so. ``optimizer`` says what is to be
-    done and with which settings; it is not called, and its arrays are only read, here.
+    The model's parameters become views of one array, and so do the arrays of ``optimizer.state``
+    that belong to them. ``optimizer`` says what is to be done and with which settings; its ``step``
+    is not called.
+
+    Raises:
+        TypeError, ValueError: the sampler's text is none of ids of the model's vocabulary.
     """
 
     def __init__(
@@ -48,40 +55,45 @@ class DeviceSteps:
         clip: float | None,
         seed: int,
     ) -> None:
+        size = len(model.vocabulary)
+        text = validate.token_ids("ids", sampler.ids, size, "the vocabulary", "tokens")
         self._engine, self._model, self._sampler = engine, model, sampler
         self._optimizer, self._seed = optimizer, seed
-        self._kept: dict[str, Floats] = dict(optimizer.state)  # all but what is on the device
         with engine.here():
             xp, dtype = engine.xp, model.rnn.dtype
-            params = model.params
             size = model.num_parameters()
             many = [size if part in optimizer.memory else 1 for part in ("m", "v")]
             self._flat = update.Flat(
                 xp.zeros(size, dtype), xp.zeros(size, dtype), *(xp.zeros(s, dtype) for s in many)
             )
-            self._views = {part: _views(a, params) for part, a in self._flat._asdict().items()}
-            for parameter, view in self._views["theta"].items():
-                view[...] = params[parameter]
-            model.use_params(self._views["theta"])
+            self._theta = views(self._flat.theta, model.params)
+            self._grads = views(self._flat.grads, model.params)
+            for part in optimizer.memory:
+                for parameter, view in views(getattr(self._flat, part), model.params).items():
+                    view[...] = optimizer.state[f"{part}.{parameter}"]
+                    optimizer.state[f"{part}.{parameter}"] = view
+            self._adopt()
             self._partials = xp.zeros(update.partial_sums(size), np.float64)
             self._settings = xp.array(optimizing.settings_array(optimizer.settings, clip))
             self._counts = xp.zeros(Counts.SIZE, np.int64)
-            self._text = xp.array(np.asarray(sampler.ids, np.int32))
+            self._text = xp.array(text.astype(np.int32))
             n = sampler.n
             self._hidden = xp.zeros((model.rnn.num_layers, n, model.rnn.hidden_size), dtype)
-        self.load_state(optimizer.state)
+        self._carried = False
         self._recorder = recorder(engine)
         self._tables: dict[str, Array] = {}
         self._buffers: dict[int, tuple[Array, Array, Array]] = {}
         self._plan: Plan | None = None
-        self._begun = 0
-        self._waiting: list[tuple[list[int], Read]] = []
+        self._begun = 0  # steps of the plan that have been queued
+        self._unread = 0  # of these, the last ones whose record is not on its way
+        self._waiting: list[tuple[range, Read]] = []  # batches, their records
         self._refused: str | None = None
+        self._fault: RuntimeError | None = None
 
     @property
     def hidden(self) -> Floats | None:
-        """The state carried to the next batch, on the host."""
-        if not self._sampler.carries_state:
+        """The state carried to the next batch, on the host; None is zeros."""
+        if not self._carried:
             return None
         self._recorder.settle()
         states = self._engine.fetched(self._hidden)
@@ -89,6 +101,7 @@ class DeviceSteps:
 
     @hidden.setter
     def hidden(self, state: Floats | None) -> None:
+        self._carried = state is not None
         with self._engine.here():
             if state is None:
                 self._hidden.fill(0)
@@ -100,24 +113,25 @@ class DeviceSteps:
         """See ``steps.Steps``."""
         assert not self._waiting, "the updates before have not been finished"
         self._recorder.settle()
-        self._plan, self._begun, self._refused = plan, 0, None
-        batches = plan.batches
+        self._plan, self._begun, self._unread = plan, 0, 0
+        self._refused, self._fault = None, None
+        batches, first = plan.batches, plan.first
+        updates = plan.update + np.arange(len(batches) - first)
         rates = np.ones((len(batches), Rates.SIZE))
-        factors = []
-        for b in range(plan.first, len(batches)):
-            number = plan.update + b - plan.first
-            done = self._updates() + b - plan.first
-            rates[b] = self._optimizer.rates(plan.lr(number), done + 1)
-            factors.append(plan.xi(number))
+        made = self._updates()
+        for i, number in enumerate(updates):
+            rates[first + i] = self._optimizer.rates(plan.lr(int(number)), made + i + 1)
         xi = np.zeros(0, self._model.rnn.dtype)
-        if factors and factors[0] is not None:
-            unused = np.zeros((plan.first, self._sampler.T), self._model.rnn.dtype)
-            xi = np.concatenate([unused, np.stack([f for f in factors if f is not None])])
+        factors = plan.xi(updates)
+        if factors is not None:
+            unused = np.zeros((first, self._sampler.T), self._model.rnn.dtype)
+            xi = np.concatenate([unused, factors])
         starts = [batches.starts(b) for b in range(len(batches))]
         counts = np.zeros(Counts.SIZE, np.int64)
-        counts[Counts.NEXT_BATCH] = plan.first
-        counts[Counts.FIRST_UPDATE] = plan.update - plan.first
+        counts[Counts.NEXT_BATCH] = first
+        counts[Counts.FIRST_UPDATE] = plan.update - first
         with self._engine.here():
+            self._adopt()
             self._put("rates", rates.reshape(-1))
             self._put("starts", np.concatenate(starts).astype(np.int64))
             self._put("factors", xi.reshape(-1))
@@ -129,37 +143,55 @@ class DeviceSteps:
         """See ``steps.Steps``."""
         while len(self._waiting) < 2 and self._queue_chunk():
             pass
-        return self._collect()
+        made = self._collect()
+        if made:
+            return made
+        self._waiting.clear()
+        if self._fault is not None:
+            fault, self._fault = self._fault, None
+            raise fault
+        if self._refused is not None:
+            raise Refused(self._refused)
+        return []
 
     def finish(self) -> list[Update]:
-        """See ``steps.Steps``."""
-        made = []
-        while self._waiting:
-            made += self._collect()
+        """See ``steps.Steps``; what was refused is told by the next ``advance``."""
         self._recorder.settle()
+        if self._plan is not None:  # who was interrupted may have queued more than was noted
+            queued = int(self._engine.fetched(self._counts)[Counts.NEXT_BATCH]) - self._plan.first
+            self._unread += max(0, queued - self._begun)
+            self._begun = max(self._begun, queued)
+        self._read()
+        made = []
+        while self._waiting and self._refused is None:
+            made += self._collect()
+        self._waiting.clear()
         return made
 
     def state(self) -> dict[str, Floats]:
         """See ``steps.Steps``."""
         self._recorder.settle()
-        state = dict(self._kept)
-        for part in self._optimizer.memory:
-            for parameter, view in self._views[part].items():
-                state[f"{part}.{parameter}"] = self._engine.fetched(view)
-        return state
+        return {name: on_host(a) for name, a in self._optimizer.state.items()}
 
     def load_state(self, state: Mapping[str, Floats]) -> None:
         """See ``steps.Steps``."""
         with self._engine.here():
-            for part in self._optimizer.memory:
-                for parameter, view in self._views[part].items():
-                    view[...] = self._engine.xp.array(state[f"{part}.{parameter}"])
+            for name, a in self._optimizer.state.items():
+                a[...] = beside(state[name], a)
             self._engine.settle()
-        if "updates" in state:
-            self._kept["updates"] = np.array(state["updates"])
 
     def _updates(self) -> int:
-        return int(self._kept["updates"][0]) if "updates" in self._kept else 0
+        """Return how many updates the optimizer has made, if it counts them."""
+        made = self._optimizer.state.get("updates")
+        return 0 if made is None else int(made[0])
+
+    def _adopt(self) -> None:
+        """Take the model's parameters in, where they are not the views already."""
+        params = self._model.params
+        if any(params[name] is not view for name, view in self._theta.items()):
+            for name, view in self._theta.items():
+                view[...] = beside(params[name], view)
+            self._model.use_params(self._theta)
 
     def _put(self, name: str, a: NDArray[Any]) -> None:
         """Put a table of the epoch on the device, where the one of the last epoch was if it fits.
@@ -176,42 +208,51 @@ class DeviceSteps:
     def _queue_chunk(self) -> bool:
         """Queue some steps and the copy of their records; return whether there were any left."""
         plan = self._plan
-        if plan is None or self._refused is not None:
+        if plan is None or self._refused is not None or self._fault is not None:
             return False
-        first = plan.first + self._begun
-        last = min(first + CHUNK, len(plan.batches))
-        if first >= last:
-            return False
-        widths = [len(plan.batches.starts(b)) for b in range(first, last)]
-        for n in widths:
+        last = min(plan.first + self._begun + CHUNK, len(plan.batches))
+        for b in range(plan.first + self._begun, last):
+            n = len(plan.batches.starts(b))
             self._recorder.again(n, lambda n=n: self._step(n))  # type: ignore[misc]
-        part = self._tables["record"][first * Record.SIZE : last * Record.SIZE]
-        self._waiting.append(([n * self._sampler.T for n in widths], self._recorder.read(part)))
-        self._begun = last - plan.first
+            self._begun, self._unread = self._begun + 1, self._unread + 1
+        return self._read()
+
+    def _read(self) -> bool:
+        """Queue a copy of the records that no copy was queued of; return whether there were any."""
+        if self._plan is None or not self._unread:
+            return False
+        last = self._plan.first + self._begun
+        batches = range(last - self._unread, last)
+        part = self._tables["record"][batches.start * Record.SIZE : last * Record.SIZE]
+        self._waiting.append((batches, self._recorder.read(part)))
+        self._unread = 0
         return True
 
     def _collect(self) -> list[Update]:
-        """Wait for the chunk that was queued first and return its updates."""
-        if self._refused is not None:
-            self._waiting.clear()
-            raise Refused(self._refused)
-        if not self._waiting:
+        """Wait for the records that were asked for first; return their updates, up to a refusal."""
+        if self._plan is None or not self._waiting or self._refused is not None:
             return []
-        tokens, read = self._waiting.pop(0)
-        record = read().reshape(-1, Record.SIZE)
-        self._engine.check_reports()
+        batches, read = self._waiting[0]
+        record = read().reshape(-1, Record.SIZE)  # an interruption here leaves all as it was
+        self._waiting.pop(0)
         made = []
-        for row, count in zip(record, tokens, strict=True):
+        for b, row in zip(batches, record, strict=True):
             loss, norm = float(row[Record.LOSS]), float(row[Record.NORM])
             if row[Record.STOPPED]:
                 self._refused = f"the loss is {loss}, the gradient's norm {norm}"
                 if math.isfinite(loss) and math.isfinite(norm):
                     self._refused += ", and a parameter would overflow"
                 break
-            made.append(Update(loss, norm, count))
-        if "updates" in self._kept:
-            self._kept["updates"] = self._kept["updates"] + len(made)
-        return made if made or self._refused is None else self._collect()
+            rows = len(self._plan.batches.starts(b))
+            made.append(Update(loss, norm, rows * self._sampler.T))
+        self._carried = self._sampler.carries_state and (self._carried or bool(made))
+        if "updates" in self._optimizer.state:
+            self._optimizer.state["updates"] += len(made)
+        try:
+            self._engine.check_reports()
+        except RuntimeError as e:  # what was made before is told first
+            self._fault = e
+        return made
 
     def _step(self, n: int) -> None:
         """Queue one training step of n rows: nothing here may depend on which step it is."""
@@ -243,7 +284,7 @@ class DeviceSteps:
                 xi=xi if tables["factors"].size else None,
                 noise=(self._seed, self._counts[Counts.UPDATE : Counts.UPDATE + 1]),
                 check_ids=False,
-                out=self._views["grads"],
+                out=self._grads,
             )
             loss = engine.xp.asarray(loss).reshape(1)
             update.update(engine, self._optimizer.name, self._flat, loss, self._partials, scalars)
@@ -256,15 +297,3 @@ class DeviceSteps:
             X, Y = (xp.zeros((T, n), np.int32) for _ in range(2))
             self._buffers[n] = X, Y, xp.zeros(T, self._model.rnn.dtype)
         return self._buffers[n]
-
-
-def _views(flat: Array, params: Mapping[str, Floats]) -> dict[str, Array]:
-    """Cut a flat array into one for each parameter; none if it is not long enough."""
-    views: dict[str, Array] = {}
-    begin = 0
-    if flat.size < sum(p.size for p in params.values()):
-        return views
-    for name, p in params.items():
-        views[name] = flat[begin : begin + p.size].reshape(p.shape)
-        begin += p.size
-    return views

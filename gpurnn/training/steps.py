@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 from gpurnn.batches import Epoch
@@ -32,15 +33,15 @@ class Plan(NamedTuple):
     """What an epoch's updates are to be.
 
     ``batches`` are all those of the epoch, and the first one to do is number ``first``, as update
-    number ``update`` of the run. ``lr`` and ``xi`` give learning rate and truncation factors (None:
-    none) of an update by its number.
+    number ``update`` of the run. ``lr`` gives the learning rate of an update by its number, ``xi``
+    the truncation factors of several, (updates, T); None where nothing is truncated.
     """
 
     batches: Epoch
     first: int
     update: int
     lr: Callable[[int], float]
-    xi: Callable[[int], Floats | None]
+    xi: Callable[[NDArray[np.integer[Any]]], Floats | None]
 
 
 class Steps(Protocol):
@@ -63,8 +64,8 @@ class Steps(Protocol):
     def finish(self) -> list[Update]:
         """Return those that were begun and not yet returned; then nothing goes on by itself.
 
-        Raises:
-            Refused: as ``advance`` does.
+        It may be called at any time, after an exception too. That one was refused is for
+        ``advance`` to say.
         """
 
     def state(self) -> dict[str, Floats]:
@@ -103,8 +104,13 @@ class HostSteps:
             return []
         X, Y = plan.batches[plan.first + done]
         update = plan.update + done
+        factors = plan.xi(np.array([update]))
         loss, grads, hidden = self._model.loss_and_gradients(
-            X, Y, self.hidden, xi=plan.xi(update), noise=(self._seed, update)
+            X,
+            Y,
+            self.hidden,
+            xi=None if factors is None else factors[0],
+            noise=(self._seed, update),
         )
         norm = clip_global_norm(grads, self._clip)
         if not (math.isfinite(loss) and math.isfinite(norm)):

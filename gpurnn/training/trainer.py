@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from gpurnn import checkpoint, philox
 from gpurnn.batches import Epoch, Sampler
-from gpurnn.cuda.arrays import beside, engine_of, on_host
+from gpurnn.cuda.arrays import beside, copied, engine_of, on_host
 from gpurnn.language_model import LanguageModel
 from gpurnn.optimizers import make_optimizer, scheduled
 from gpurnn.training.config import TrainingConfig
@@ -141,8 +141,9 @@ class Trainer:
         """Train until finished.
 
         Args:
-            on_step: called after every update (on a GPU after some of them, when their results
-                have come); returning False pauses the run there.
+            on_step: called after every update; returning False pauses the run there. On a GPU it
+                is called when the results of some updates have come, while the next ones run: what
+                the model's parameters are then is not said, ``contents`` waits and knows.
             on_epoch: called after every epoch with its record.
 
         Returns:
@@ -153,6 +154,7 @@ class Trainer:
                 the update that would have spoilt them.
         """
         p = self.progress
+        self._made(self._steps.finish)  # what an exception of on_step, or Ctrl-C, has left
         while not self.finished:
             started = time.perf_counter()
             if p.batch == 0:
@@ -167,7 +169,9 @@ class Trainer:
                 p.epoch_seconds += now - started
                 started = now
                 if not on_step():
+                    started = time.perf_counter()
                     self._made(self._steps.finish)
+                    p.epoch_seconds += time.perf_counter() - started
                     return False
                 started = time.perf_counter()  # what on_step did is not training
             on_epoch(self._end_epoch())
@@ -176,13 +180,8 @@ class Trainer:
     def _plan(self, batches: Epoch) -> Plan:
         p = self.progress
         total = max(self.config.epochs * len(batches), 1)
-        dtype = self.model.rnn.dtype
         return Plan(
-            batches,
-            p.batch,
-            p.step,
-            lambda update: self._lr(update, total),
-            lambda update: self._truncation(self.sampler.T, dtype, update),
+            batches, p.batch, p.step, lambda update: self._lr(update, total), self._truncation
         )
 
     def _made(self, steps: Callable[[], list[Update]]) -> list[Update]:
@@ -210,16 +209,18 @@ class Trainer:
         warmup = min(DEFAULT_WARMUP, total // 10) if c.warmup is None else c.warmup
         return scheduled(c.lr, c.schedule, step, total, warmup)
 
-    def _truncation(self, T: int, dtype: np.dtype[Any], update: int) -> Floats | None:
-        tau = self.config.tau
+    def _truncation(self, updates: NDArray[np.integer[Any]]) -> Floats | None:
+        """Return the factors of updates by their numbers, (updates, T)."""
+        tau, T = self.config.tau, self.sampler.T
         if tau is None:
             return None
-        xi = np.ones(T, dtype)
+        xi = np.ones((len(updates), T), self.model.rnn.dtype)
         if self.config.bptt == "truncated":
-            xi[::tau] = 0
+            xi[:, ::tau] = 0
         else:
             pi = 1 - 1 / tau
-            drawn = philox.words(self._noise, np.arange(T), 0, update, philox.CUTS)[:, 0]
+            places = np.arange(T), 0, updates[:, None], philox.CUTS
+            drawn = philox.words(self._noise, *places)[..., 0]
             xi[:] = np.where(philox.uniform(drawn) < pi, 1 / pi, 0)
         return xi
 
@@ -264,7 +265,7 @@ class Trainer:
         elif p.best_loss is None or valid.mean < p.best_loss:
             p.best_loss, p.best_epoch = valid.mean, p.epoch
         if p.best_epoch == p.epoch:
-            self._best = {name: on_host(a).copy() for name, a in self.model.params.items()}
+            self._best = {name: copied(a) for name, a in self.model.params.items()}
         p.history.append(record)
         p.batch, p.losses, p.tokens = 0, [], []
         p.largest_norm, p.epoch_seconds, p.epoch_tokens = 0.0, 0.0, 0
@@ -280,7 +281,7 @@ class Trainer:
         """Return a copy of the whole state of the run, to be written to a file."""
         self._made(self._steps.finish)
         arrays: dict[str, Floats] = {f"model.{k}": on_host(a) for k, a in self.model.params.items()}
-        arrays |= {f"best.{k}": a for k, a in self._best.items()}
+        arrays |= {f"best.{k}": on_host(a) for k, a in self._best.items()}
         arrays |= {f"optimizer.{k}": a for k, a in self._steps.state().items()}
         hidden = self._steps.hidden
         if hidden is not None:
