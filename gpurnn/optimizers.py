@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from gpurnn import validate
 from gpurnn.cuda import optimizing
-from gpurnn.cuda.arrays import engine_of
+from gpurnn.cuda.arrays import engine_of, on_host
 from gpurnn.slots import Settings
 
 __all__ = [
@@ -142,7 +142,13 @@ class AdamW:
     ) -> None:
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas is {betas}: expected two numbers in [0, 1)")
-        self.betas, self.eps = betas, eps
+        least = max(
+            (float(np.finfo(p.dtype).tiny) for p in params.values()), default=np.finfo(float).tiny
+        )
+        self.betas = betas
+        self.eps = validate.number(
+            "eps", eps, f"a finite number, {least:.3g} or more", lambda x: least <= x < math.inf
+        )
         self.weight_decay = validate.number(
             "weight_decay", weight_decay, "0 or more", lambda x: 0 <= x < math.inf
         )
@@ -201,6 +207,12 @@ def _on_device(
     engine = None if not params else engine_of(next(iter(params.values())))
     if engine is None:
         return False
+    with engine.here():
+        place = validate.kernels_place(engine.xp)
+        grads = {
+            name: validate.like(f"gradient of {name}", grads[name], name, p, place)
+            for name, p in params.items()
+        }
     memory = {
         part: {name: optimizer.state[f"{part}.{name}"] for name in params}
         for part in optimizer.memory
@@ -208,9 +220,8 @@ def _on_device(
     if not optimizing.step(
         engine, optimizer.name, memory, params, grads, rates, optimizer.settings
     ):
-        raise validate.NonFiniteError(
-            "a gradient is not finite, or a parameter would not be: expected finite values"
-        )
+        validate.refuse_non_finite({name: on_host(g) for name, g in grads.items()})
+        raise validate.NonFiniteError("a parameter would not be finite: expected finite values")
     return True
 
 

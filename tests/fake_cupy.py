@@ -10,6 +10,7 @@ use there: assignments, additions in place, copies.
 """
 
 import ctypes
+import sys
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from gpurnn.cuda.specs import KernelSpec, build, signature
 __all__ = ["Array", "CUDARuntimeError", "Event", "FakeCuPy", "Stream", "clear", "install"]
 
 ALIGNMENT = 512  # of CuPy's memory
+NOT_USED = 2  # references to what a list alone refers to: the list's, and the count's own
 
 ATTRIBUTES = {
     13: 1_755_000,
@@ -285,13 +287,33 @@ class Graph:
 
 
 class Pool:
-    """Memory of its own; here it gives nothing out twice."""
+    """Memory that is given out again when its array is gone, and freed with the pool.
+
+    As CuPy's: neither a graph that has an address in it, nor an array that outlives the pool, keeps
+    memory from that.
+    """
 
     def __init__(self, fake: "FakeCuPy") -> None:
+        self.fake = weakref.ref(fake)
         self.owners: list[Any] = []
 
     def malloc(self, size: int) -> Any:
         """Name the pool: who allocates looks at whose method it is."""
+
+    def owner(self, nbytes: int) -> Any:
+        """Return bytes that no array uses."""
+        for i in range(len(self.owners)):
+            unused = sys.getrefcount(self.owners[i]) == NOT_USED
+            if unused and self.owners[i].nbytes >= nbytes:
+                return self.owners[i]
+        self.owners.append(np.empty(nbytes, np.uint8))
+        return self.owners[-1]
+
+    def __del__(self) -> None:
+        fake = self.fake()
+        if fake is not None:
+            freed = {id(owner) for owner in self.owners}
+            fake.memory = [one for one in fake.memory if id(one[0]()) not in freed]
 
 
 class FakeCuPy(types.ModuleType):
@@ -322,6 +344,7 @@ class FakeCuPy(types.ModuleType):
         self.made = 0
         self.memory: list[tuple[weakref.ref[Any], int, int]] = []
         self.pool: list[Any] | None = None  # a list is a pool that gives nothing out twice
+        self.own: Pool | None = None  # the one in use
         self.ndarray = Array
         self.stream_stack = [Stream(self, ptr=0)]
         self.cublas = FakeCuBLAS(self)
@@ -378,12 +401,13 @@ class FakeCuPy(types.ModuleType):
 
     @contextmanager
     def _using(self, malloc: Any) -> Iterator[None]:
-        """Allocate within the context from a pool, whose memory no one else gets."""
-        before, self.pool = self.pool, malloc.__self__.owners
+        """Allocate within the context from a pool; of None arrays own their memory."""
+        before = self.pool, self.own
+        self.pool, self.own = None, None if malloc is None else malloc.__self__
         try:
             yield
         finally:
-            self.pool = before
+            self.pool, self.own = before
 
     def noted(self, array: Any) -> Any:
         """Return an array that NumPy made, whose memory is one of the device's now."""
@@ -436,7 +460,8 @@ class FakeCuPy(types.ModuleType):
     def new(self, a: Any) -> Any:
         """Return a copy of a NumPy array on the current device."""
         a = np.asarray(a)
-        owner = np.empty(a.nbytes + ALIGNMENT, np.uint8)
+        size = a.nbytes + ALIGNMENT
+        owner = np.empty(size, np.uint8) if self.own is None else self.own.owner(size)
         begin = -owner.ctypes.data % ALIGNMENT
         array = owner[begin : begin + a.nbytes].view(a.dtype).reshape(a.shape).view(Array)
         array.view(np.ndarray)[...] = a
@@ -451,9 +476,13 @@ class FakeCuPy(types.ModuleType):
             if self.allocations_left == 0:
                 raise MemoryError("out of memory on a GPU that is none")
             self.allocations_left -= 1
-        made, value = self.new(make()), make()
-        if self.stream.captured is not None:  # a replay clears, or finds anything, there again
-            bare = made.view(np.ndarray)
+        return self.new(make())
+
+    def _filled(self, make: Any) -> Any:
+        """Allocate, and write what every replay of a graph writes again."""
+        made = self._allocate(make)
+        if self.stream.captured is not None:
+            bare, value = made.view(np.ndarray), make()
             self.queue(lambda: bare.__setitem__(..., value))
         return made
 
@@ -465,16 +494,16 @@ class FakeCuPy(types.ModuleType):
         return self.empty(a.shape, a.dtype)
 
     def zeros(self, shape: Any, dtype: Any) -> Any:
-        return self._allocate(lambda: np.zeros(shape, dtype))
+        return self._filled(lambda: np.zeros(shape, dtype))
 
     def zeros_like(self, a: Any) -> Any:
         return self.zeros(a.shape, a.dtype)
 
     def ones(self, shape: Any, dtype: Any) -> Any:
-        return self._allocate(lambda: np.ones(shape, dtype))
+        return self._filled(lambda: np.ones(shape, dtype))
 
     def arange(self, n: int, dtype: Any) -> Any:
-        return self._allocate(lambda: np.arange(n, dtype=dtype))
+        return self._filled(lambda: np.arange(n, dtype=dtype))
 
     def matmul(self, a: Any, b: Any, out: Any) -> None:
         if self.stream.captured is not None:

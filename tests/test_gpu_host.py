@@ -389,7 +389,7 @@ def test_an_embedding_s_gradient_is_captured(
         graph.launch()
         expected = [dX[ids == i].view(np.ndarray).sum(0, dtype=np.float64) for i in range(3)]
         np.testing.assert_allclose(dE.view(np.ndarray), expected, rtol=1e-5, atol=1e-5)
-        ids[:] = rng.integers(0, 3, 600)
+        ids[:] = cupy.array(rng.integers(0, 3, 600))
 
 
 @pytest.mark.parametrize("kernel", ["resident", "step", Group(2, "flags")], ids=str)

@@ -145,7 +145,7 @@ def test_all_of_it_can_be_captured_and_reads_the_arrays_of_then(
 
     step()
     cupy.pool = []  # the graph's own: what is freed is not given out again
-    theirs[...], H[...] = O, O
+    theirs[...], H[...] = cupy.array(O), cupy.array(O)
     before = host(theirs).copy()
     stream = cupy.cuda.Stream(non_blocking=True)
     with stream:
@@ -154,7 +154,8 @@ def test_all_of_it_can_be_captured_and_reads_the_arrays_of_then(
         graph = stream.end_capture()
     assert_same_bits("O", host(theirs), before)
     for number, (logits_, ids_) in enumerate(((O, targets), (other, others)), 5):
-        theirs[...], H[...], ids[...], update[0] = logits_, O, ids_, number
+        put = cupy.array
+        theirs[...], H[...], ids[...], update[0] = put(logits_), put(O), put(ids_), number
         graph.launch()
         expected, gradient = F.cross_entropy(logits_, ids_, **options)
         assert float(loss[0]) == pytest.approx(expected, rel=1e-6)

@@ -145,7 +145,7 @@ def test_float32_stays_float32_and_near_float64(definition: str) -> None:
 def test_the_first_step_of_adamw_is_the_learning_rate_against_the_sign() -> None:
     """m̂ / √v̂ = g / |g| at the first update, however large or small the gradient."""
     params = {"W": np.zeros(4)}
-    AdamW(params, eps=0.0).step(params, {"W": np.array([1e-9, -1e9, 3.0, -0.1])}, 0.25)
+    AdamW(params, eps=1e-300).step(params, {"W": np.array([1e-9, -1e9, 3.0, -0.1])}, 0.25)
     assert_close("W", params["W"], np.array([-0.25, 0.25, -0.25, 0.25]), length=10)
 
 

@@ -1,5 +1,6 @@
 """What the host does to train on a GPU, without one: CuPy is a stand-in, graphs are replayed."""
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -99,6 +100,28 @@ def test_a_longer_epoch_finds_room(cupy: FakeCuPy) -> None:
     assert max(lengths) > lengths[0], f"no epoch is longer than the first, {lengths}: another seed"
     assert len(cupy.graphs) == 2
     expected = trained(config)
+    for record, other in zip(run.trainer.history, expected.trainer.history, strict=True):
+        assert record["train_loss"] == pytest.approx(other["train_loss"], rel=1e-9)
+
+
+def test_runs_one_after_the_other(cupy: FakeCuPy) -> None:
+    """What the first leaves to the next, constants for one, must not go with the first's pool."""
+    config = small(sampling="sequential", dropout=0.2)
+    first = on_device(config)
+    first.trainer.run()
+    expected = state_of(first)
+    del first
+    gc.collect()
+    second = on_device(config)
+    second.trainer.run()
+    assert state_of(second) == expected
+
+
+def test_a_last_batch_of_another_size_keeps_its_constants(cupy: FakeCuPy) -> None:
+    """The first step of it comes when a graph is free to write to all of the pool."""
+    config = small(sampling="windows", batch_size=40, epochs=3)  # 40 and 9 windows
+    expected, run = trained(config), on_device(config)
+    run.trainer.run()
     for record, other in zip(run.trainer.history, expected.trainer.history, strict=True):
         assert record["train_loss"] == pytest.approx(other["train_loss"], rel=1e-9)
 

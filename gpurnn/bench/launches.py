@@ -113,6 +113,10 @@ class RecordingEngine:
         with self.inner.replayed(spec, key, make, quietly) as (arrays, play):
             yield arrays, lambda steps: self._remember(lambda: play(steps))
 
+    def lasting(self) -> AbstractContextManager[object]:
+        """Return the inner engine's context."""
+        return self.inner.lasting()
+
     def settle(self) -> None:
         """Wait for the current stream."""
         self.inner.settle()

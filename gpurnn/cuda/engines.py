@@ -4,9 +4,9 @@ The operations in ``gpurnn.cuda.operations`` are written once, against ``Engine`
 """
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple, Protocol
 
@@ -23,6 +23,7 @@ __all__ = [
     "EmulatedEngine",
     "Engine",
     "GPUEngine",
+    "Recorded",
     "cupy",
     "current_emulation",
     "emulated",
@@ -46,6 +47,12 @@ class Engine(Hashable, Protocol):
 
     def here(self) -> AbstractContextManager[object]:
         """Return a context in which new arrays lie, and kernels run, in this place."""
+
+    def lasting(self) -> AbstractContextManager[object]:
+        """Return a context in which new arrays own their memory, whatever pool others come from.
+
+        So must all that is kept longer than the allocator of the moment may live.
+        """
 
     def launch(
         self,
@@ -139,6 +146,10 @@ class GPUEngine:
         device: AbstractContextManager[object] = cupy().cuda.Device(self.index)
         return device
 
+    def lasting(self) -> AbstractContextManager[object]:
+        own: AbstractContextManager[object] = cupy().cuda.using_allocator(None)
+        return own
+
     def launch(
         self,
         spec: KernelSpec,
@@ -152,6 +163,9 @@ class GPUEngine:
         cooperative: bool = False,
     ) -> None:
         function = _function(spec, self.index, shared, cluster)
+        recorded = _recorded.get()
+        if recorded is not None:
+            recorded.functions.append(function)
         arguments: list[int] = []
         for a in arrays:
             arguments += compiler.packed(a.shape, a.itemsize, a.data.ptr)
@@ -185,7 +199,7 @@ class GPUEngine:
         elif not out.size:
             pass
         elif self.capturing():  # CuPy refuses
-            self.step_product(A, B, out, None)
+            self.step_product(A, B, out, self.workspace())
         else:
             cupy().matmul(A, B, out=out)
 
@@ -196,12 +210,15 @@ class GPUEngine:
         cublas.product(self.index, stream, A, B, out, workspace=workspace, precision=precision)
 
     def workspace(self) -> Array | None:
+        recorded = _recorded.get()
+        if recorded is not None:
+            return recorded.workspace
         if self.capturing():  # the graph, whoever keeps it, must have one of its own
             return None
         return cupy().empty(cublas.WORKSPACE, np.uint8)
 
     def capturing(self) -> bool:
-        return _recording.get() or bool(cupy().cuda.get_current_stream().is_capturing())
+        return _recorded.get() is not None or bool(cupy().cuda.get_current_stream().is_capturing())
 
     def replayed(
         self,
@@ -324,6 +341,9 @@ class EmulatedEngine:
     def here(self) -> AbstractContextManager[object]:
         return np.errstate(all="ignore")  # as on a GPU, infinities and NaN go their way
 
+    def lasting(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
     def launch(
         self,
         spec: KernelSpec,
@@ -399,17 +419,28 @@ class EmulatedEngine:
         return np.array(a)
 
 
-_recording: ContextVar[bool] = ContextVar("gpurnn_recording", default=False)
+@dataclass
+class Recorded:
+    """What work that is done again needs for as long as it may be: kernels stay loaded.
+
+    ``workspace`` serves one product after another: all is queued on one stream.
+    """
+
+    workspace: Array
+    functions: list[Any] = field(default_factory=list)
+
+
+_recorded: ContextVar[Recorded | None] = ContextVar("gpurnn_recorded", default=None)
 
 
 @contextmanager
-def recording() -> Iterator[None]:
+def recording(needs: Recorded) -> Iterator[None]:
     """Within this context work on a GPU is queued as if it were captured, captured or not."""
-    token = _recording.set(True)
+    token = _recorded.set(needs)
     try:
         yield
     finally:
-        _recording.reset(token)
+        _recorded.reset(token)
 
 
 _emulation: ContextVar[EmulatedEngine | None] = ContextVar("gpurnn_emulation", default=None)

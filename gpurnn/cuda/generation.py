@@ -113,7 +113,8 @@ def run(
         # differ.
         kind = np.finfo(dtype)
         temperature = min(max(sampler.temperature, float(kind.tiny)), float(kind.max))
-        settings = np.array([1 / temperature, sampler.top_p or 1.0], dtype)
+        top_p = max(sampler.top_p or 1.0, float(kind.tiny))  # 0 would cut the likeliest too
+        settings = np.array([1 / temperature, top_p], dtype)
         top_k = 1 if sampler.temperature == 0 else min(sampler.top_k or q, q)
         put = engine.xp.array
         given = (put(ids.reshape(-1)), put(lengths), model.table.reshape(-1))

@@ -404,7 +404,7 @@ def _constant(engine: Engine, kind: str, size: int, dtype: Any) -> Array:
 
 @cache
 def _kept(engine: Engine, kind: str, size: int, dtype: Any) -> Array:
-    with engine.here():
+    with engine.here(), engine.lasting():
         made = getattr(engine.xp, kind)(size, dtype=dtype)
         engine.settle()
     return made

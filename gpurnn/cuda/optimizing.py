@@ -15,7 +15,10 @@ from gpurnn.cuda import update
 from gpurnn.cuda.engines import Array, Engine
 from gpurnn.slots import Counts, Rates, Record, Settings
 
-__all__ = ["global_norm", "settings_array", "step", "views"]
+__all__ = ["flat_size", "global_norm", "settings_array", "step", "views"]
+
+ALIGNED = 4
+"""Numbers, 16 bytes or more: cuBLAS is slower at other addresses. What lies between stays 0."""
 
 Arrays = Mapping[str, Array]
 
@@ -92,18 +95,27 @@ def global_norm(engine: Engine, grads: Arrays) -> float:
         return math.sqrt(float(sums[: len(sums) // 2].sum()))
 
 
+def flat_size(arrays: Arrays) -> int:
+    """Return how many numbers a flat array has that holds all of these, each well aligned."""
+    return sum(_aligned(a.size) for a in arrays.values())
+
+
 def views(flat: Array, arrays: Arrays) -> dict[str, Array]:
-    """Cut a flat array into one like each of ``arrays``, in their order."""
+    """Cut a flat array of ``flat_size`` into one like each of ``arrays``, in their order."""
     found, begin = {}, 0
     for name, a in arrays.items():
         found[name] = flat[begin : begin + a.size].reshape(a.shape)
-        begin += a.size
+        begin += _aligned(a.size)
     return found
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNED) * ALIGNED
 
 
 def _flattened(engine: Engine, arrays: Arrays, order: Arrays) -> Array:
     first = next(iter(order.values()))
-    flat = engine.xp.zeros(sum(a.size for a in order.values()), first.dtype)
+    flat = engine.xp.zeros(flat_size(order), first.dtype)
     for name, view in views(flat, order).items():
         view[...] = arrays[name]
     return flat

@@ -1,9 +1,10 @@
 """Work that is done again and again: queued once as it is, captured the second time, then replayed.
 
-A recorder has a stream and, on a GPU, memory of its own, which only what it records allocates from:
-so the addresses in a graph stay good as long as the recorder lives. The first time does what the
-capture will do, by the same products: it compiles and loads, and leaves in the pool what the
-capture then takes out of it.
+A recorder has a stream and, on a GPU, a pool of memory of its own, which only what it records
+allocates from: so the addresses in a graph stay good as long as the recorder lives. What is made
+there and kept longer must own its memory (``Engine.lasting``): to a graph that is replayed all of
+the pool is free to write to. The first time does what the capture will do, by the same products: it
+compiles and loads, and leaves in the pool what the capture then takes out of it.
 """
 
 from collections.abc import Callable, Hashable, Iterator
@@ -13,7 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from gpurnn.cuda.engines import Array, Engine, GPUEngine, cupy, recording
+from gpurnn.cuda import cublas
+from gpurnn.cuda.engines import Array, Engine, GPUEngine, Recorded, cupy, recording
 
 __all__ = ["Recorder", "recorder"]
 
@@ -66,10 +68,11 @@ class _Graphs:
         with engine.here():
             self._stream = cupy().cuda.Stream(non_blocking=True)
             self._pool = cupy().cuda.MemoryPool()
+            self._needs = Recorded(cupy().empty(cublas.WORKSPACE, np.uint8))
 
     @contextmanager
     def _here(self) -> Iterator[None]:
-        with self._engine.here(), self._stream, recording():
+        with self._engine.here(), self._stream, recording(self._needs):
             yield
 
     def again(self, key: Hashable, run: Callable[[], None]) -> None:

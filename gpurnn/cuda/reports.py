@@ -76,6 +76,6 @@ def check(device: int) -> None:
     raise RuntimeError(
         f"a group kernel on CUDA device {device} gave up: block {first} waited in vain for the "
         f"others at exchange {step} of its sequence, and so did {len(blocks) - 1} more; what it "
-        "computed after that is NaN. All blocks of a launch must run at once: another program on "
-        "this GPU, or a debugger, may have kept some of them from it"
+        "computed after that is NaN (of a generation, −1). All blocks of a launch must run at "
+        "once: another program on this GPU, or a debugger, may have kept some of them from it"
     )

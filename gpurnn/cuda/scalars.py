@@ -15,7 +15,7 @@ def scalar(engine: Engine, value: float, dtype: Any) -> Array:
     It is kept for good: a CUDA graph may read it whenever it is launched. To make one means to wait
     for the GPU, and cannot be captured.
     """
-    with engine.here():
+    with engine.here(), engine.lasting():
         made = engine.xp.zeros(1, dtype)
         made.fill(value)
         engine.settle()

@@ -19,7 +19,7 @@ from gpurnn.batches import Sampler
 from gpurnn.cuda import optimizing, update
 from gpurnn.cuda.arrays import beside, on_host
 from gpurnn.cuda.engines import Array, Engine
-from gpurnn.cuda.optimizing import views
+from gpurnn.cuda.optimizing import flat_size, views
 from gpurnn.cuda.recording import Read, recorder
 from gpurnn.language_model import LanguageModel
 from gpurnn.optimizers import Optimizer
@@ -61,7 +61,7 @@ class DeviceSteps:
         self._optimizer, self._seed = optimizer, seed
         with engine.here():
             xp, dtype = engine.xp, model.rnn.dtype
-            size = model.num_parameters()
+            size = flat_size(model.params)
             many = [size if part in optimizer.memory else 1 for part in ("m", "v")]
             self._flat = update.Flat(
                 xp.zeros(size, dtype), xp.zeros(size, dtype), *(xp.zeros(s, dtype) for s in many)
@@ -146,7 +146,9 @@ class DeviceSteps:
         made = self._collect()
         if made:
             return made
-        self._waiting.clear()
+        if self._waiting:
+            self._recorder.settle()  # what is dropped may still be written to
+            self._waiting.clear()
         if self._fault is not None:
             fault, self._fault = self._fault, None
             raise fault
@@ -294,6 +296,7 @@ class DeviceSteps:
     def _batch_buffers(self, n: int) -> tuple[Array, Array, Array]:
         if n not in self._buffers:
             xp, T = self._engine.xp, self._sampler.T
-            X, Y = (xp.zeros((T, n), np.int32) for _ in range(2))
-            self._buffers[n] = X, Y, xp.zeros(T, self._model.rnn.dtype)
+            with self._engine.lasting():
+                X, Y = (xp.zeros((T, n), np.int32) for _ in range(2))
+                self._buffers[n] = X, Y, xp.zeros(T, self._model.rnn.dtype)
         return self._buffers[n]
