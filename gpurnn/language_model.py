@@ -334,9 +334,9 @@ class LanguageModel:
         are outside the vocabulary even then are read as ``<unk>``, with a warning that names them.
         ``<unk>`` and reserved tokens are never generated.
 
-        Where the parameters lie on a GPU, all of it is one launch. One seed gives one text, on a
-        GPU that of NumPy, but where rounding decides. Texts differ by their row: the first of
-        several is what its prefix alone gives.
+        Where the parameters lie on a GPU, all of it is one launch, of as many texts as run at once.
+        One seed gives one text, on a GPU that of NumPy, but where rounding decides. Texts differ by
+        their row: the first of several is what its prefix alone gives.
 
         Args:
             prefix: a text of at least one token, or several.
@@ -353,7 +353,9 @@ class LanguageModel:
         """
         validate.at_least("n", n, 0)
         sampler = TokenSampler(temperature, top_k, top_p, self.vocabulary.reserved_ids, seed)
-        texts = [prefix] if isinstance(prefix, str) else list(prefix)
+        texts = [prefix] if isinstance(prefix, str) else prefix
+        if not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
+            raise TypeError(f"prefix is {prefix!r}: expected a text, or a list of texts")
         ids = []
         for text in texts:
             ids.append(self.encode_prefix(text))  # noqa: PERF401 (its warning names the caller)
@@ -414,7 +416,10 @@ class LanguageModel:
         return prefix + separator + text
 
     def generate_ids(self, prefix: Ids, n: int, sampler: TokenSampler) -> Iterator[int]:
-        """Yield n ids, each drawn given the prefix (N,) and all drawn before it; on NumPy."""
+        """Yield n ids, each drawn on the host given the prefix (N,) and all drawn before it.
+
+        On a GPU each is a round trip: ``generated`` has none.
+        """
         return generation.continuation(self, prefix, n, sampler.draw)
 
     def save(

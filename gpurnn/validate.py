@@ -49,6 +49,7 @@ __all__ = [
     "refuse_non_finite",
     "rnn_backward",
     "rnn_forward",
+    "supported",
     "text_ids",
     "token_ids",
 ]
@@ -112,7 +113,7 @@ def rnn_forward(
     W_hh_ = _floats("W_hh", W_hh, "(h, h)", 2, place=place)
     h = W_hh_.shape[0]
     _shape("W_hh", W_hh_, "(h, h)", (h, h))
-    _supported(activation_, W_hh_, "W_hh", place)
+    supported(activation_, W_hh_, "W_hh", place)
     W_xh_ = _floats("W_xh", W_xh, "(d, h)", 2, W_hh_.dtype, "W_hh", place)
     d = W_xh_.shape[0]
     _shape("W_xh", W_xh_, "(d, h)", (d, h))
@@ -158,7 +159,7 @@ def hidden_layer(
     """Check the arguments of ``functional.hidden_layer``."""
     activation_ = activation(phi)
     X_, W_xh_, b_h_ = _dense(X, W_xh, b_h, ("X", "W_xh", "b_h"), ("d", "h"), place)
-    _supported(activation_, W_xh_, "W_xh", place)
+    supported(activation_, W_xh_, "W_xh", place)
     return X_, W_xh_, b_h_, activation_
 
 
@@ -390,6 +391,8 @@ def outs(
         _shape(f"out of {name}", a_, f"{name}'s shape", shape)
         if not array(f"out of {name}", a, place).flags.c_contiguous:
             raise ValueError(f"out of {name} is not C-contiguous: what is written to has to be")
+        if isinstance(a, np.ndarray) and not a.flags.writeable:
+            raise ValueError(f"out of {name} is read-only: what is written to cannot be")
         found.append(a_)
     return tuple(found)
 
@@ -472,7 +475,7 @@ def _dense(
     return H_, W_, b_
 
 
-def _supported(phi: AnyActivation, W: Floats, name: str, place: Place) -> None:
+def supported(phi: AnyActivation, W: Floats, name: str, place: Place) -> None:
     """Refuse a fast activation in float64: kernels have none."""
     phi_name = "" if isinstance(phi, Activation) else phi.name
     if place is not HOST and phi_name in FAST_ACTIVATIONS and W.dtype == np.float64:

@@ -24,10 +24,13 @@ _UPPER, _UNUSED, _SCALE = uint64(32), uint32(8), float32(2.0**-24)
 
 @device
 def philox(c0, c1, c2, c3, k0, k1):
-    """Return four uint32, of a counter and a key of uint32."""
+    """Return four uint32, of the lower 32 bits of a counter's and a key's words."""
+    c0, c1, c2, c3 = uint32(c0), uint32(c1), uint32(c2), uint32(c3)
+    k0, k1 = uint32(k0), uint32(k1)
     for _ in range(ROUNDS):
         first, second = uint64(c0) * _M0, uint64(c2) * _M1
-        c0, c2 = uint32(second >> _UPPER) ^ c1 ^ k0, uint32(first >> _UPPER) ^ c3 ^ k1
+        c0 = uint32(uint32(second >> _UPPER) ^ c1 ^ k0)
+        c2 = uint32(uint32(first >> _UPPER) ^ c3 ^ k1)
         c1, c3 = uint32(second), uint32(first)
         k0, k1 = uint32(k0 + _W0), uint32(k1 + _W1)
     return c0, c1, c2, c3

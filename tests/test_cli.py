@@ -135,6 +135,7 @@ def test_devices(
         "generate": [model, "--prefix", "the", "-n", 3, "--seed", 1],
     }[subcommand]
     asked: list[str] = []
+    monkeypatch.setattr("gpurnn.cli.device.driver_present", lambda: False)
 
     def named(device: str) -> None:
         asked.append(device)
@@ -155,6 +156,21 @@ def test_devices(
     assert ended.code == 0
     assert ended.stderr.startswith("device cpu: no GPU can be used (no GPU here)\n")
     assert ended.stdout == on_cpu.stdout
+
+
+@pytest.mark.parametrize("driver", [False, True])
+def test_a_gpu_for_which_nothing_is_installed_is_told_of(
+    driver: bool, corpus: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def named(device: str) -> None:
+        if device != "cpu":
+            raise ImportError("CuPy is not installed")
+
+    monkeypatch.setattr("gpurnn.cuda.devices.named", named)
+    monkeypatch.setattr("gpurnn.cli.device.driver_present", lambda: driver)
+    ended = inside("eval", model, corpus)
+    assert ended.code == 0
+    assert ("CuPy is not installed" in ended.stderr) is driver
 
 
 @pytest.mark.parametrize("subcommand", ["train", "eval", "generate"])

@@ -250,7 +250,10 @@ def test_a_gradient_that_is_not_finite_is_refused(name: str, bad: float) -> None
     optimizer, grads = build(name, params), arrays(1, np.float32)
     grads["W_hh"][1, 2] = bad
     state = {key: a.copy() for key, a in optimizer.state.items()}
-    with gpurnn.emulated(), pytest.raises(NonFiniteError, match=r"W_hh holds (nan|inf) at index \(1, 2\)"):
+    with (
+        gpurnn.emulated(),
+        pytest.raises(NonFiniteError, match=r"W_hh holds (nan|inf) at index \(1, 2\)"),
+    ):
         optimizer.step(params, grads, 0.1)
     for key, a in arrays(0, np.float32).items():
         assert_same_bits(key, params[key], a)

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from gpurnn.cli.output import note
-from gpurnn.cuda.devices import chosen
+from gpurnn.cuda.devices import chosen, driver_present
 from gpurnn.language_model import LanguageModel
 
 __all__ = ["DeviceOption", "device_of", "placed"]
@@ -21,7 +21,7 @@ DeviceOption = Annotated[
 def device_of(device: str, *, tell: bool = False) -> str:
     """Return the device to be used, and say which, if that was left to us.
 
-    Where it is the CPU as nothing is installed for a GPU, only those hear of it who have much to
+    Where there is no GPU, and nothing is installed for one, only those hear of it who have much to
     compute: ``tell``.
 
     Raises:
@@ -32,7 +32,7 @@ def device_of(device: str, *, tell: bool = False) -> str:
     except ImportError as e:
         raise ValueError(str(e)) from e
     if why_not_gpu is not None:
-        if not tell and isinstance(why_not_gpu, ImportError):
+        if not (tell or driver_present()) and isinstance(why_not_gpu, ImportError):
             return where
         note(f"device cpu: no GPU can be used ({why_not_gpu})")
     elif device == "auto":

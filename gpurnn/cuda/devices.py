@@ -1,11 +1,13 @@
 """Devices by the names that users give them."""
 
+import os
 import re
+import shutil
 
 from gpurnn.cuda.engines import GPUEngine, cupy, limits_of
 from gpurnn.cuda.packages import needed
 
-__all__ = ["DEVICES", "chosen", "named"]
+__all__ = ["DEVICES", "chosen", "driver_present", "named"]
 
 DEVICES = ("auto", "cpu", "cuda")
 """What a command takes; "cuda:N" too."""
@@ -34,6 +36,12 @@ def named(device: str) -> GPUEngine | None:
         raise ValueError(f"device is {device!r} and there is no GPU that can be used: {e}") from e
     limits_of(index)
     return GPUEngine(index)
+
+
+def driver_present() -> bool:
+    """Whether this machine looks as if it had an NVIDIA GPU, whatever is installed to use it."""
+    paths = ("/dev/nvidiactl", "/dev/dxg")
+    return shutil.which("nvidia-smi") is not None or any(map(os.path.exists, paths))
 
 
 def chosen(device: str) -> tuple[str, Exception | None]:
