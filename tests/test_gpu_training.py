@@ -63,11 +63,16 @@ def test_the_first_hundred_losses_of_the_book_are_those_of_numpy(gpu: GPU) -> No
     losses = []
     for device in ("cpu", "cuda"):
         run = prepare(config, device=device)
-        found: list[float] = []
-        run.trainer.run(
-            on_epoch=lambda record, found=found: found.append(record["train_loss"])  # type: ignore[misc]
-        )
-        losses.append(found)
+        by_epoch: dict[int, list[float]] = {}
+
+        def on_step(run: Run = run, by_epoch: dict[int, list[float]] = by_epoch) -> bool:
+            progress = run.trainer.progress
+            by_epoch[progress.epoch] = list(progress.losses)
+            return True
+
+        run.trainer.run(on_step)
+        losses.append([loss for epoch in range(10) for loss in by_epoch[epoch]])
+    assert len(losses[0]) == 100
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
 
 

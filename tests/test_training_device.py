@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,9 @@ from tolerance import assert_same_bits
 from training_setup import CORPUS, prepared, state_of, tiny, trained
 
 import gpurnn
-from gpurnn.training import TrainingDiverged, prepare
+from gpurnn.batches import SequentialPartition
+from gpurnn.doctor.device import why_no_gpu
+from gpurnn.training import Trainer, TrainingDiverged, prepare
 from gpurnn.training import device as device_module
 from gpurnn.training.config import TrainingConfig
 from gpurnn.training.device import DeviceSteps
@@ -166,7 +169,149 @@ def test_parameters_are_views_of_one_array_and_the_model_still_saves(
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:
+    if why_no_gpu() is None:
+        pytest.skip("there is a GPU")
     with pytest.raises((ImportError, ValueError), match=r"CuPy|GPU|cuda"):
         prepare(small(), CORPUS, device="cuda")
     with pytest.raises(ValueError, match=r"device is 'gpu': expected 'cpu', 'cuda' or 'cuda:N'"):
         prepare(small(), CORPUS, device="gpu")
+
+
+def test_ids_outside_the_vocabulary_are_refused_before_anything_runs() -> None:
+    for bad in (77, -1, (1 << 32) + 1):
+        run = prepared(small())
+        ids = np.array(run.train_ids, np.int64)
+        ids[5] = bad
+        sampler = SequentialPartition(ids, 4, 3)
+        with (
+            gpurnn.emulated(SMALL_CARD),
+            pytest.raises(ValueError, match=rf"ids holds the id {bad} at index \(5,\)"),
+        ):
+            Trainer(run.model, sampler, run.config)
+
+
+def test_what_interrupts_leaves_the_count_right(emulated: None, chunks_of_two: None) -> None:
+    """Ctrl-C where the host waits, an exception of on_step: the run goes on to the same bits."""
+    config = small(sampling="sequential", batch_size=3, max_tokens=60, epochs=3)
+    whole, run = trained(config), prepared(config)
+    steps = run.trainer._steps
+    assert isinstance(steps, DeviceSteps)
+    inner, calls = steps._recorder.read, [0]
+
+    def interrupted(a: Any) -> Any:
+        read = inner(a)
+
+        def wait() -> Any:
+            calls[0] += 1
+            if calls[0] == 2:
+                raise KeyboardInterrupt
+            return read()
+
+        return wait
+
+    steps._recorder.read = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        run.trainer.run()
+    made = run.trainer.progress.step
+    counted = prepared(config)
+    counted.trainer.restore(run.trainer.contents())
+    assert counted.trainer.progress.step > made
+
+    def fails() -> bool:
+        raise OSError("nobody to tell")
+
+    with pytest.raises(OSError, match="nobody"):
+        run.trainer.run(on_step=fails)
+    for one in (run, counted):
+        assert one.trainer.run()
+        assert state_of(one) == state_of(whole)
+
+
+def test_a_step_queued_but_not_noted_is_counted(emulated: None, chunks_of_two: None) -> None:
+    config = small(sampling="sequential", batch_size=3, max_tokens=90, epochs=1)
+    whole, run = trained(config), prepared(config)
+    steps = run.trainer._steps
+    assert isinstance(steps, DeviceSteps)
+    inner, calls = steps._recorder.again, [0]
+
+    def again(key: Any, queue: Any) -> None:
+        inner(key, queue)
+        calls[0] += 1
+        if calls[0] == 2:
+            raise KeyboardInterrupt
+
+    steps._recorder.again = again  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        run.trainer.run()
+    assert run.trainer.contents().document["progress"]["step"] == 2
+    assert run.trainer.run()
+    assert state_of(run) == state_of(whole)
+
+
+def test_parameters_that_are_replaced_are_trained(emulated: None) -> None:
+    config = small(epochs=1)
+    expected, run = trained(config), prepared(config)
+    run.model.use_params({name: p.copy() for name, p in run.model.params.items()})
+    run.trainer.run()
+    for name, a in expected.model.params.items():
+        assert_same_bits(name, run.model.params[name], a)
+    with pytest.raises(ValueError, match="expected"):
+        run.model.use_params({"W_hq": run.model.params["W_hq"]})
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
+def test_the_optimizer_s_own_arrays_are_those_that_are_updated(
+    optimizer: str, emulated: None
+) -> None:
+    run = trained(small(optimizer=optimizer, lr=0.01, epochs=1))
+    assert np.abs(run.trainer.optimizer.state["v.W_hh"]).max() > 0
+    if optimizer == "adamw":
+        assert run.trainer.optimizer.state["updates"] == run.trainer.progress.step
+
+
+def test_the_logits_are_held_once(emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never more than one array of (T · n, q): their gradient is written over them."""
+    run = prepared(small(epochs=1, sampling="sequential", batch_size=3, max_tokens=30))
+    q, made = len(run.model.vocabulary), []
+    engine = run.trainer._steps._engine  # type: ignore[attr-defined]
+    inner = type(engine.xp).empty
+
+    def counted(self: Any, shape: Any, dtype: Any) -> Any:
+        if np.prod(shape) == 4 * 3 * q:
+            made.append(shape)
+        return inner(self, shape, dtype)
+
+    monkeypatch.setattr(type(engine.xp), "empty", counted)
+    steps = run.trainer.progress
+    run.trainer.run()
+    assert len(made) == steps.step > 0
+
+
+@pytest.mark.slow
+def test_a_hundred_losses_are_those_of_numpy() -> None:
+    config = tiny(
+        sampling="windows",
+        num_steps=2,
+        batch_size=2,
+        hidden_size=2,
+        epochs=1,
+        max_tokens=204,
+        valid_fraction=0.0,
+        dtype="float64",
+        optimizer="adamw",
+        lr=0.01,
+    )
+    losses = []
+    for context in (nullcontext(), gpurnn.emulated(SMALL_CARD, check_races=False)):
+        with context:
+            run = prepared(config)
+            told: list[float] = []
+
+            def on_step(run: Run = run, told: list[float] = told) -> bool:
+                told[:] = run.trainer.progress.losses
+                return True
+
+            run.trainer.run(on_step)
+            losses.append(told)
+    assert len(losses[0]) == 101
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-9)

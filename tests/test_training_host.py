@@ -1,7 +1,9 @@
 """What the host does to train on a GPU, without one: CuPy is a stand-in, graphs are replayed."""
 
 import gc
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import fake_cupy
@@ -9,7 +11,9 @@ import numpy as np
 import pytest
 from fake_cupy import FakeCuPy
 from training_setup import CORPUS, state_of, tiny, trained
+from typer.testing import CliRunner
 
+from gpurnn.cli import app
 from gpurnn.doctor import language_model as doctor
 from gpurnn.training import device as device_module
 from gpurnn.training import prepare
@@ -151,9 +155,11 @@ def test_devices_by_name(cupy: FakeCuPy) -> None:
 
 def test_doctor_trains_and_generates(cupy: FakeCuPy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "why_no_gpu", lambda: None)
+    assert max(doctor.SIZES) == ("float64", 9) and ("float32", 300) in doctor.SIZES
+    monkeypatch.setattr(doctor, "SIZES", doctor.SIZES[:2])
     found = {finding.name: finding for finding in doctor.gpu_checks()}
     assert set(found) == {
-        f"GPU, {what}, {dtype}"
+        f"GPU, {what}, {dtype}, h 9"
         for what in ("training", "generation")
         for dtype in ("float32", "float64")
     }
@@ -171,6 +177,61 @@ def test_doctor_finds_a_run_that_is_another(
         inner(*arguments)
 
     monkeypatch.setattr(device_module.update, "update", forgets_the_gradients)
+    monkeypatch.setattr(doctor, "SIZES", (("float64", 9),))
     found = {finding.name: finding for finding in doctor.gpu_checks()}
-    assert found["GPU, training, float64"].status == "failed"
-    assert "wrong numbers" in found["GPU, training, float64"].detail
+    assert found["GPU, training, float64, h 9"].status == "failed"
+    assert "wrong numbers" in found["GPU, training, float64, h 9"].detail
+
+
+BAD_IDS: dict[str, Any] = {
+    "a mask": np.ma.masked_equal(np.array([[0, 1], [2, 3]]), 3),
+    "a list": [[0, 1], [2, 3]],
+    "objects": np.array([[0, 1], [2, 3]], object),
+    "too large": np.array([[0, 1], [2, 77]]),
+    "negative": np.array([[0, -1], [2, 3]]),
+}
+
+
+@pytest.mark.parametrize("what", BAD_IDS)
+def test_ids_that_are_none_are_refused_as_on_numpy(cupy: FakeCuPy, what: str) -> None:
+    good, bad = np.array([[0, 1], [2, 3]]), BAD_IDS[what]
+    on_numpy, there = prepare(small(), CORPUS).model, on_device(small()).model
+    calls = [
+        lambda model: model.forward(bad),
+        lambda model: model.loss_and_gradients(bad, good),
+        lambda model: model.loss_and_gradients(good, bad),
+        lambda model: model.negative_log_likelihood(good, bad),
+    ]
+    for call in calls:
+        told = []
+        for model in (on_numpy, there):
+            with pytest.raises((TypeError, ValueError)) as caught:
+                call(model)
+            told.append(str(caught.value).split(":")[0])
+        assert told[0] == told[1]
+
+
+def test_commands_on_a_gpu(cupy: FakeCuPy, tmp_path: Path) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "model.safetensors"
+    text.write_text("abcde fghij " * 12, encoding="utf-8")
+    options = "--hidden-size 3 --num-steps 3 --batch-size 4 --epochs 2 --dtype float64 --lr 0.01"
+    told = []
+    for device in ("cpu", "cuda"):
+        arguments = ["train", str(text), "--out", str(out), "--overwrite", *options.split()]
+        ended = CliRunner().invoke(app, [*arguments, "--json", "--device", device])
+        assert ended.exit_code == 0, ended.output
+        told.append(json.loads(ended.stdout))
+    assert told[1]["valid_loss"] == pytest.approx(told[0]["valid_loss"], rel=1e-8)
+    assert told[1]["sample"] == told[0]["sample"]
+    assert cupy.replays
+    launches = len(cupy.launches)
+    for command in (["eval", str(out), str(text)], ["generate", str(out), "--prefix", "ab", "-n"]):
+        found = []
+        for device in ("cpu", "cuda"):
+            more = ["9", "--seed", "1"] if command[-1] == "-n" else []
+            ended = CliRunner().invoke(app, [*command, *more, "--device", device])
+            assert ended.exit_code == 0, ended.output
+            found.append(ended.stdout)
+        assert found[0] == found[1]
+        assert len(cupy.launches) > launches
+        launches = len(cupy.launches)

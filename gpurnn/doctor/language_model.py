@@ -20,6 +20,8 @@ Result = TypeVar("Result")
 CORPUS = Corpus("a text", "the time machine by h g wells " * 5, "made for this check")
 PREFIX = "the "
 ADVICE = "do not use it here; report it with the output of gpurnn doctor --json"
+SIZES = (("float32", 9), ("float64", 9), ("float32", 300))
+"""What a GPU is tried with; from h = 257 on blocks work in groups."""
 LIMITS = {"float32": 1e-4, "float64": 1e-10}
 """Relative difference of losses after a few updates: rounding, grown by the updates."""
 
@@ -29,10 +31,10 @@ def emulated_checks() -> Iterator[Finding]:
     for name, check in (("training", _trained), ("generation", _generated)):
 
         def under_the_emulator(
-            check: Callable[[str, str, str], Finding] = check, name: str = name
+            check: Callable[[str, str, str, int], Finding] = check, name: str = name
         ) -> Iterator[Finding]:
             with emulated():
-                yield check(f"emulator, {name}", "cpu", "float64")
+                yield check(f"emulator, {name}", "cpu", "float64", 9)
 
         yield from found_by(f"emulator, {name}", under_the_emulator)
 
@@ -41,24 +43,26 @@ def gpu_checks() -> Iterator[Finding]:
     """Yield a training run as CUDA graphs, and a generation in one launch, against NumPy."""
     if why_no_gpu() is not None:
         return
-    for dtype in ("float32", "float64"):
-        for name, check in (("training", _trained), ("generation", _generated)):
+    for dtype, hidden_size in SIZES:
+        for what, check in (("training", _trained), ("generation", _generated)):
+            name = f"GPU, {what}, {dtype}, h {hidden_size}"
 
             def on_the_gpu(
-                check: Callable[[str, str, str], Finding] = check,
+                check: Callable[[str, str, str, int], Finding] = check,
                 name: str = name,
                 dtype: str = dtype,
+                hidden_size: int = hidden_size,
             ) -> Iterator[Finding]:
-                yield check(f"GPU, {name}, {dtype}", "cuda", dtype)
+                yield check(name, "cuda", dtype, hidden_size)
 
-            yield from found_by(f"GPU, {name}, {dtype}", on_the_gpu)
+            yield from found_by(name, on_the_gpu)
 
 
-def _run(dtype: str, device: str) -> Run:
+def _run(dtype: str, device: str, hidden_size: int) -> Run:
     config = TrainingConfig(
         num_steps=4,
         batch_size=5,
-        hidden_size=9,
+        hidden_size=hidden_size,
         valid_fraction=0.0,
         dropout=0.2,
         epochs=1,
@@ -68,9 +72,9 @@ def _run(dtype: str, device: str) -> Run:
     return prepare(config, CORPUS, device=device)
 
 
-def _trained(name: str, device: str, dtype: str) -> Finding:
+def _trained(name: str, device: str, dtype: str, hidden_size: int) -> Finding:
     def losses(device: str) -> list[float]:
-        run = _run(dtype, device)
+        run = _run(dtype, device, hidden_size)
         run.trainer.run()
         record = run.trainer.history[-1]
         return [record["train_loss"], record["largest_gradient_norm"]]
@@ -83,9 +87,9 @@ def _trained(name: str, device: str, dtype: str) -> Finding:
     return Finding(name, "ok", f"losses and gradients as on NumPy, to {off:.0e}")
 
 
-def _generated(name: str, device: str, dtype: str) -> Finding:
+def _generated(name: str, device: str, dtype: str, hidden_size: int) -> Finding:
     def text(device: str) -> str:
-        return _run(dtype, device).model.generate(PREFIX, 12, temperature=0)
+        return _run(dtype, device, hidden_size).model.generate(PREFIX, 12, temperature=0)
 
     found, expected = text(device), _by_reference(lambda: text("cpu"))
     if found != expected:
