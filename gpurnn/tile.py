@@ -17,6 +17,7 @@ __all__ = [
     "LINE",
     "VECTOR",
     "WARP",
+    "Columns",
     "OneBlock",
     "Scatter",
     "Share",
@@ -282,6 +283,17 @@ class Scatter(NamedTuple):
     def shared(self) -> int:
         """Bytes of static shared memory: the list, and two counts of each warp."""
         return 6 * self.room + 8 * self.threads // WARP
+
+
+class Columns(NamedTuple):
+    """Sizes of the kernel that adds up columns: a block has so many ``warps``."""
+
+    warps: int
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return WARP * self.warps
 
 
 class Softmax(NamedTuple):

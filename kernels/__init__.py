@@ -10,7 +10,8 @@ the product of ``product``. ``group`` does so over several blocks, which ``excha
 ``part`` says what a block of it computes, ``split`` in float32, ``tensor`` by the instructions of
 ``mma``. ``probes`` measure what an exchange takes. ``layer`` is a step without a state, ``tiled``
 the product of both it and ``step``; ``tail`` is what remains of a step whose product a library
-makes. ``tokens`` fetches rows of ``W_xh`` by id for all of these, and adds up their gradient.
+makes. ``tokens`` fetches rows of ``W_xh`` by id for all of these, and adds up their gradient;
+``columns`` adds up that of a bias.
 ``cross_entropy`` is softmax, loss and gradient in one pass, ``loss_mean`` the mean that follows, by
 the ``sums`` of a block. ``dropout`` makes its mask anew wherever it is wanted, by ``philox``.
 ``update`` clips and updates all parameters, and ``batch`` takes the next batch out of a text. A

@@ -23,7 +23,7 @@ from gpurnn.planning import Group
 from gpurnn.planning.tokens import SHARED
 from gpurnn.resources import Resources
 from gpurnn.slots import Updating
-from gpurnn.tile import OneBlock, Scatter, Share, Softmax, TensorShare, Tile
+from gpurnn.tile import Columns, OneBlock, Scatter, Share, Softmax, TensorShare, Tile
 
 __all__ = ["CASES", "TABLE", "Case", "Measured", "measured", "row", "table"]
 
@@ -78,7 +78,9 @@ class Case:
             return " ".join([*parts, f"sm_{self.target[0]}{self.target[1]}"])
         if isinstance(sizes, Updating):
             parts.append(sizes.optimizer)
-        if isinstance(sizes, Updating) or spec.kind in NO_ACTIVATION:
+        if isinstance(sizes, Columns):
+            parts.append(f"warps={sizes.warps}")
+        if isinstance(sizes, Updating | Columns) or spec.kind in NO_ACTIVATION:
             return " ".join([*parts, f"sm_{self.target[0]}{self.target[1]}"])
         parts.append(spec.activation if isinstance(spec.activation, str) else "own_silu")
         if spec.scaled:
@@ -185,6 +187,7 @@ NO_ACTIVATION = ("target_count", "loss_mean", "dropout", "take_batch", "keep_sta
 POINTWISE = ("layer_backward", "tail_forward", "tail_backward")
 
 UPDATE: tuple[Kind, ...] = ("update_norm", "update_apply")
+COLUMNS: tuple[Kind, ...] = ("column_sums", "column_parts")
 STEP_BESIDE: tuple[Kind, ...] = ("take_batch", "keep_state")
 FORWARD: Kind = "resident_forward"
 BACKWARD: Kind = "resident_backward"
@@ -358,6 +361,9 @@ def _update_cases() -> Iterator[Case]:
         for kind in UPDATE:
             spec = KernelSpec(kind, Updating(optimizer), "identity", dtype)
             yield Case(spec, target, core=False)
+    for sizes, dtype in ((1, "float32"), (8, "float32"), (8, "float64"), (8, "bfloat16")):
+        for kind in COLUMNS:
+            yield Case(KernelSpec(kind, Columns(sizes), "identity", dtype), SM_90, core=False)
     for kind in STEP_BESIDE:
         yield Case(KernelSpec(kind, None, "identity", "float32"), SM_90, core=False)
 

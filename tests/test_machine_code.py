@@ -18,7 +18,7 @@ from gpurnn import compiler, planning
 from gpurnn.cuda import machine_code
 from gpurnn.cuda.specs import ARGUMENTS, KernelSpec, build, signature
 from gpurnn.slots import Updating
-from gpurnn.tile import Scatter, Share, Softmax
+from gpurnn.tile import Columns, Scatter, Share, Softmax
 
 pytest.importorskip("cuda.core", reason="machine code needs cuda-core")
 
@@ -50,6 +50,8 @@ def spec_of(kind: Any, scaled: bool = False, by_id: bool = False) -> KernelSpec:
         sizes = SCATTER
     if kind == "cross_entropy":
         return KernelSpec(kind, Softmax(1, 256), "identity", "float32")
+    if kind.startswith("column"):
+        sizes = Columns(8)
     if kind.startswith("update"):
         sizes = Updating("adamw")
     return KernelSpec(kind, sizes, "tanh", "float32", scaled, exchange, by_id)

@@ -16,6 +16,7 @@ from gpurnn.bench.runs import Run
 from gpurnn.bench.soak import configurations, configurations_for
 from gpurnn.cuda.engines import cupy, limits_of
 from gpurnn.cuda.machine_code import cubin
+from gpurnn.cuda.operations import specs_of_sum
 from gpurnn.cuda.specs import KernelSpec, Kind
 
 __all__ = ["compile_ahead", "compile_runs", "compile_soak", "specs_of"]
@@ -42,7 +43,7 @@ def specs_of(
     *,
     by_id: bool = False,
 ) -> list[KernelSpec]:
-    """Return the kernels of the recurrence that a pass takes, forward and backward.
+    """Return the kernels that a pass takes, forward and backward, but for the scatter of ids.
 
     ``by_id``: X holds token ids, whose rows of W_xh the forward kernel looks up itself.
     """
@@ -50,12 +51,16 @@ def specs_of(
         **vars(shape), dtype=dtype, device=device, kernel=kernel, precision=precision
     )
     sizes = None if plan.kernel == "gemm" else plan.tile or planning.SIDE
-    return [
+    found = [
         KernelSpec(
             kind, sizes, activation, dtype, exchange=plan.exchange, by_id=by_id and kind in BY_ID
         )
         for kind in KINDS[plan.kernel]
     ]
+    rows = shape.T * shape.n
+    if by_id and dtype in ("float32", "float64"):
+        rows = min(rows, shape.d)
+    return found + specs_of_sum(rows, dtype)
 
 
 def compile_runs(runs: Sequence[Run], *, limit: float | None = None) -> list[str]:

@@ -15,6 +15,9 @@ __all__ = ["RecordingEngine"]
 
 Size = tuple[int, int, int]
 
+BESIDE = ("scatter", "column")
+"""How the names of kernels begin that follow a pass, as products do."""
+
 
 @dataclass(eq=False)
 class RecordingEngine:
@@ -51,8 +54,13 @@ class RecordingEngine:
         cluster: int = 1,
         cooperative: bool = False,
     ) -> None:
-        """Queue a kernel, and remember it with its arrays."""
+        """Queue a kernel, and remember it with its arrays, if it belongs to the recurrence."""
         each = list(integers)
+        if spec.kind.startswith(BESIDE):
+            self.inner.launch(
+                spec, grid, block, arrays, each, shared, cluster=cluster, cooperative=cooperative
+            )
+            return
 
         def again() -> None:
             self.inner.launch(

@@ -20,7 +20,7 @@ from gpurnn.cuda.engines import Array, Engine
 from gpurnn.cuda.specs import REAL, KernelSpec, Kind
 from gpurnn.planning import SIDE, Group, Plan, dtype_name, scratch_words
 from gpurnn.reference import rows_of
-from gpurnn.tile import Share, TensorShare
+from gpurnn.tile import WARP, Columns, Share, TensorShare
 
 __all__ = [
     "hidden_layer",
@@ -30,12 +30,17 @@ __all__ = [
     "rnn_backward",
     "rnn_backward_by_segments",
     "rnn_forward",
+    "specs_of_sum",
 ]
 
 Outs = Sequence[Array | None]
 """Arrays that results are written to; None for a new one."""
 
 POINTWISE_THREADS = 256
+FEW_ROWS = 64  # that a warp adds up, column by column
+WARPS_OF_SUM = 8
+ROWS_OF_PART = 256  # that a block of so many adds up, at least
+MOST_PARTS = 1024
 LARGEST_KEPT = 1 << 20  # numbers of a constant array that is kept for the next call
 
 
@@ -390,9 +395,35 @@ def _product(engine: Engine, A: Array, B: Array, out: Array | None = None) -> Ar
 
 
 def _sum_rows(engine: Engine, A: Array, out: Array | None = None) -> Array:
-    """Sum the rows as a product with ones, in a fixed order."""
-    ones = _constant(engine, "ones", len(A), A.dtype)[None]
-    return _product(engine, ones, A, None if out is None else out[None])[0]
+    """Sum the rows, at least one of at least one number, in a fixed order."""
+    (N, q), xp = A.shape, engine.xp
+    if out is None:
+        out = xp.empty(q, A.dtype)
+    parts = _parts_of_sum(N)
+    sums = out if parts == 1 else xp.empty((parts, q), REAL[dtype_name(A.dtype)])
+    spec, *_ = specs_of_sum(N, dtype_name(A.dtype))
+    engine.launch(
+        spec,
+        (-(-q // WARP), parts, 1),
+        (spec.threads, 1, 1),
+        (A.reshape(-1), sums.reshape(-1)),
+        [(N, q, -(-N // parts))],
+    )
+    if parts > 1:
+        tokens.add_parts(engine, sums, out)
+    return out
+
+
+def _parts_of_sum(N: int) -> int:
+    return max(1, min(N // ROWS_OF_PART, MOST_PARTS))
+
+
+def specs_of_sum(N: int, dtype: str) -> list[KernelSpec]:
+    """Return the kernels that add up the columns of N rows, a bias's gradient."""
+    sizes = Columns(1 if N <= FEW_ROWS else WARPS_OF_SUM)
+    if _parts_of_sum(N) == 1:
+        return [KernelSpec("column_sums", sizes, "identity", dtype)]
+    return [KernelSpec("column_parts", sizes, "identity", dtype), tokens.parts_spec(dtype)]
 
 
 def _constant(engine: Engine, kind: str, size: int, dtype: Any) -> Array:

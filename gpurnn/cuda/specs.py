@@ -53,6 +53,8 @@ ARGUMENTS: dict[str, tuple[int | str, ...]] = {
     "scatter": ("ids", 1, 1, "i", "i", "i", "i", "i"),
     "scatter_parts": ("ids", 1, "r1", "i", "i", "i", "i", "i"),
     "scatter_parts_added": ("r1", 1, "i"),
+    "column_sums": (1, 1, "i", "i", "i"),
+    "column_parts": (1, "r1", "i", "i", "i"),
     "cross_entropy": (2, 2, "ids", "r1", 1, "r1", "counts", "i", "i"),
     "target_count": ("ids", "counts", "i"),
     "loss_mean": ("r1", "counts", "doubles", "i"),
@@ -88,6 +90,8 @@ Kind = Literal[
     "scatter",
     "scatter_parts",
     "scatter_parts_added",
+    "column_sums",
+    "column_parts",
     "cross_entropy",
     "target_count",
     "loss_mean",
@@ -163,6 +167,7 @@ def build(spec: KernelSpec) -> Callable[..., None]:
     from gpurnn.kernels import (
         activations,
         batch,
+        columns,
         cross_entropy,
         dropout,
         group,
@@ -225,6 +230,8 @@ def build(spec: KernelSpec) -> Callable[..., None]:
             made = batch.keep()
         case "scatter" | "scatter_parts":
             made = tokens.scatter(sizes, storage, partial=spec.kind == "scatter_parts")
+        case "column_sums" | "column_parts":
+            made = columns.column_sums(sizes, storage, partial=spec.kind == "column_parts")
         case "scatter_parts_added":
             made = tokens.add_parts(storage)
         case "cross_entropy":

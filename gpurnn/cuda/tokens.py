@@ -9,7 +9,7 @@ from gpurnn.cuda.specs import REAL, KernelSpec
 from gpurnn.planning import ScatterPlan, dtype_name, scatter_plan
 from gpurnn.tile import ADDED_AT_ONCE, WARP
 
-__all__ = ["embedding", "embedding_backward", "gather", "scatter"]
+__all__ = ["add_parts", "embedding", "embedding_backward", "gather", "parts_spec", "scatter"]
 
 
 def embedding(engine: Engine, ids: Array, E: Array) -> Array:
@@ -67,14 +67,24 @@ def scatter(
         plan.shared,
     )
     if not whole:
-        engine.launch(
-            _spec("scatter_parts_added", None, name),
-            (-(-d * h // WARP), 1, 1),
-            (WARP * ADDED_AT_ONCE, 1, 1),
-            (sums.reshape(-1), out.reshape(-1)),
-            [(plan.parts,)],
-        )
+        add_parts(engine, sums, out)
     return out
+
+
+def add_parts(engine: Engine, sums: Array, out: Array) -> None:
+    """out = Σ of the parts of sums (parts, …), in order, rounded once."""
+    engine.launch(
+        parts_spec(dtype_name(out.dtype)),
+        (-(-out.size // WARP), 1, 1),
+        (WARP * ADDED_AT_ONCE, 1, 1),
+        (sums.reshape(-1), out.reshape(-1)),
+        [(len(sums),)],
+    )
+
+
+def parts_spec(dtype: str) -> KernelSpec:
+    """Return the kernel of ``add_parts``."""
+    return _spec("scatter_parts_added", None, dtype)
 
 
 def _spec(kind: Any, sizes: Any, dtype: str) -> KernelSpec:

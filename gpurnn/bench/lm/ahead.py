@@ -8,6 +8,7 @@ from gpurnn.bench.common import Shape
 from gpurnn.bench.lm.runs import GenerateRun, LMRun, TrainRun
 from gpurnn.cuda.engines import cupy, limits_of
 from gpurnn.cuda.losses import ONE_BLOCK, softmax_sizes
+from gpurnn.cuda.operations import specs_of_sum
 from gpurnn.cuda.specs import KernelSpec
 from gpurnn.slots import Updating
 
@@ -29,6 +30,7 @@ def specs_of_training(run: TrainRun, q: int, device: planning.Limits) -> list[Ke
         other("take_batch", None),
         other("cross_entropy", softmax_sizes(q, biased=True)),
         other("loss_mean", ONE_BLOCK),
+        *specs_of_sum(run.T * run.n, DTYPE),
         other("scatter" if whole else "scatter_parts", scatter.tile),
         *([] if whole else [other("scatter_parts_added", None)]),
         other("update_norm", Updating("adamw")),
