@@ -1,5 +1,6 @@
 """The language model's own arithmetic by kernels, under the emulator, against NumPy."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -168,3 +169,19 @@ def test_a_word_model_of_many_words(emulated: None) -> None:
     met = np.flatnonzero(np.abs(grads["W_xh"]).sum(axis=1))
     assert met.tolist() == [0, 5, 7, 4579]
     assert abs(float(grads["b_q"].sum(dtype=np.float64))) < 1e-6  # rows of p − onehot sum to 0
+
+
+def test_every_way_to_cut_a_sequence_adds_up_to_the_full_gradient(emulated: None) -> None:
+    """SPEC 22: the mean of randomized truncation, over all of its draws and not a sample of them."""
+    lm, pi = model(), 0.5
+    X, Y = np.array([[1, 2], [3, 4], [5, 6]]), np.array([[3, 4], [5, 6], [7, 1]])
+    _, full, _ = lm.loss_and_gradients(X, Y)
+    mean = {name: np.zeros_like(g) for name, g in full.items()}
+    for cuts in itertools.product((0, 1), repeat=2):  # what flows from step 0 reaches no parameter
+        _, grads, _ = lm.loss_and_gradients(X, Y, xi=np.array([1.0, *(c / pi for c in cuts)]))
+        for name, g in grads.items():
+            mean[name] += g / 4
+    for name, g in full.items():
+        np.testing.assert_allclose(mean[name], g, rtol=1e-11, atol=1e-14, err_msg=name)
+    _, cut, _ = lm.loss_and_gradients(X, Y, xi=np.array([1.0, 0.0, 0.0]))
+    assert np.abs(cut["W_hh"] - full["W_hh"]).max() > 1e-6

@@ -32,7 +32,8 @@ def cross_entropy(
         ignore_index: rows with this target do not count: neither in the mean, nor has their
             gradient anything but zeros. It need not be an id.
         label_smoothing: ε in [0, 1). What is held against the softmax is then not the one-hot
-            vector of the target but (1 − ε) onehot + ε/q.
+            vector of the target but (1 − ε) onehot + ε/q. On a GPU the first call with an ε waits,
+            and keeps a number there for good.
         check_ids: False where targets on a GPU are known to be such: to look means to wait for the
             GPU, and cannot be captured in a CUDA graph. One that is none makes the loss NaN.
 

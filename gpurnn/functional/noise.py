@@ -19,7 +19,8 @@ def dropout(H: Floats, p: float, *, seed: int, update: int | NDArray[np.int64]) 
 
     Applied to dH with the same p, seed and update it is the backward pass: what is dropped is a
     function of seed, update and place alone (``gpurnn.philox``), the same for every dtype and
-    wherever the arrays lie, so that nothing has to be kept.
+    wherever the arrays lie, so that nothing has to be kept. On a GPU the first call with a p waits,
+    and keeps a number there for good: p is not for drawing.
 
     Args:
         H: (…), any shape.
