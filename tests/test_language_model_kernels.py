@@ -172,7 +172,7 @@ def test_a_word_model_of_many_words(emulated: None) -> None:
 
 
 def test_every_way_to_cut_a_sequence_adds_up_to_the_full_gradient(emulated: None) -> None:
-    """SPEC 22: the mean of randomized truncation, over all of its draws and not a sample of them."""
+    """SPEC 22: the mean of randomized truncation, over all of its draws."""
     lm, pi = model(), 0.5
     X, Y = np.array([[1, 2], [3, 4], [5, 6]]), np.array([[3, 4], [5, 6], [7, 1]])
     _, full, _ = lm.loss_and_gradients(X, Y)
