@@ -154,9 +154,12 @@ class LanguageModel:
         """Return the zero state for n sequences."""
         return self.rnn.init_state(n)
 
-    def forward(self, X: Ids, state: Floats | None = None) -> tuple[Floats, Floats]:
+    def forward(
+        self, X: Ids, state: Floats | None = None, *, check_ids: bool = True
+    ) -> tuple[Floats, Floats]:
         """Return the logits O (T, n, q) for the ids X (T, n), and the final state."""
-        H, state, _ = self.rnn.forward(self._inputs(self._beside(X)), state)
+        inputs = self._inputs(self._beside(X), check_ids=check_ids)
+        H, state, _ = self.rnn.forward(inputs, state, check_ids=check_ids)
         return F.linear(H, self._own["W_hq"], self._own.get("b_q")), state
 
     def step(self, X_t: Ids, state: Floats) -> tuple[Floats, Floats]:
@@ -218,11 +221,24 @@ class LanguageModel:
         return mean, grads, state
 
     def negative_log_likelihood(
-        self, X: Ids, Y: Ids, state: Floats | None = None
+        self, X: Ids, Y: Ids, state: Floats | None = None, *, check_ids: bool = True
     ) -> tuple[Floats, Floats]:
         """−log p of each target Y (T, n) given X (T, n), natural logarithm; and the final state."""
-        O, state = self.forward(X, state)
-        return F.negative_log_likelihood(O, self._beside(Y, "targets")), state
+        O, state = self.forward(X, state, check_ids=check_ids)
+        Y = self._beside(Y, "targets")
+        return F.negative_log_likelihood(O, Y, check_ids=check_ids), state
+
+    def ids_beside(self, ids: Ids) -> Ids:
+        """Return ids (…) as an array that lies where the parameters do: int32 on a GPU.
+
+        Raises:
+            TypeError, ValueError: they are no ids of the vocabulary.
+        """
+        size = len(self.vocabulary)
+        checked = validate.token_ids("ids", ids, size, "the vocabulary", "tokens")
+        if gpu_of(self._own["W_hq"]) is None:
+            return checked
+        return self._beside(checked.astype(np.int32))
 
     def encode(self, text: str) -> Ids:
         """Return the ids of a text's tokens; what the vocabulary lacks becomes ``<unk>``."""
@@ -262,11 +278,16 @@ class LanguageModel:
         unknown = int(np.count_nonzero(checked[1:] == self.vocabulary.unk))
         return Evaluation(nats, len(checked) - 1, None, unknown)
 
-    def batch_losses(self, windows: Windows) -> tuple[tuple[float, ...], tuple[int, ...]]:
-        """Return the mean loss of each batch of windows, from a zero state, and its tokens."""
+    def batch_losses(
+        self, batches: Iterable[tuple[Ids, Ids]], *, check_ids: bool = True
+    ) -> tuple[tuple[float, ...], tuple[int, ...]]:
+        """Return the mean loss of each batch (X, Y), from a zero state, and its tokens.
+
+        ``check_ids`` is as in ``functional.rnn_forward``: without it, only the end waits for a GPU.
+        """
         means, tokens = [], []
-        for X, Y in windows.epoch(np.random.default_rng(0)):
-            nll, _ = self.negative_log_likelihood(X, Y)
+        for X, Y in batches:
+            nll, _ = self.negative_log_likelihood(X, Y, check_ids=check_ids)
             means.append(nll.mean(dtype=np.float64))
             tokens.append(nll.size)
         return tuple(map(float, means)), tuple(tokens)  # on a GPU only now something waits
@@ -281,7 +302,7 @@ class LanguageModel:
             ValueError: the text is shorter than one window and its target.
         """
         windows = Windows(self.encode(text), num_steps, batch_size, shuffle=False)
-        return loss.book_perplexity(self.batch_losses(windows)[0])
+        return loss.book_perplexity(self.batch_losses(windows.epoch(np.random.default_rng(0)))[0])
 
     def perplexity(self, text: str) -> float:
         """Exact perplexity of a text: ``evaluate(text).perplexity``."""

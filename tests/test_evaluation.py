@@ -77,9 +77,9 @@ def test_evaluation_holds_no_more_than_a_chunk(monkeypatch: pytest.MonkeyPatch) 
     held = []
     forward = model.forward
 
-    def recorded(X: Array, state: Array | None = None) -> tuple[Array, Array]:
+    def recorded(X: Array, state: Array | None = None, **options: Any) -> tuple[Array, Array]:
         held.append(len(X))
-        return forward(X, state)
+        return forward(X, state, **options)
 
     monkeypatch.setattr(model, "forward", recorded)
     found = model.evaluate_ids(ids)
@@ -224,7 +224,9 @@ def test_the_books_figure_is_a_mean_over_batches_of_windows() -> None:
     found = model.book_perplexity(text, num_steps=T, batch_size=n)
     assert found == pytest.approx(sum(map(math.exp, means)) / len(means), rel=1e-13)
 
-    losses, tokens = model.batch_losses(Windows(ids, T, n, shuffle=False))
+    losses, tokens = model.batch_losses(
+        Windows(ids, T, n, shuffle=False).epoch(np.random.default_rng(0))
+    )
     assert losses == pytest.approx(means, rel=1e-13)
     assert tokens == (20 * T, 20 * T, 12 * T)
     # Of batches of one size: by Jensen's inequality, and above it here, where batches differ.

@@ -108,6 +108,22 @@ def test_a_longer_epoch_finds_room(cupy: FakeCuPy) -> None:
         assert record["train_loss"] == pytest.approx(other["train_loss"], rel=1e-9)
 
 
+def test_what_validates_is_put_there_once(cupy: FakeCuPy, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"train_windows": 12, "valid_windows": 9, "batch_size": 4, "epochs": 3}
+    config = small(sampling="windows", **sizes)
+    expected, run = trained(config), on_device(config)
+    put: list[tuple[int, ...]] = []
+    inner = cupy.array
+    monkeypatch.setattr(cupy, "array", lambda a: put.append(np.shape(a)) or inner(a))
+    run.trainer.run()
+    for record, other in zip(run.trainer.history, expected.trainer.history, strict=True):
+        assert record["valid_loss"] == pytest.approx(other["valid_loss"], rel=1e-9)
+        assert record["valid_perplexity_book"] == pytest.approx(
+            other["valid_perplexity_book"], rel=1e-9
+        )
+    assert put.count((3, 4)) == 4 and put.count((3, 1)) == 2  # X and Y of three batches
+
+
 def test_runs_one_after_the_other(cupy: FakeCuPy) -> None:
     """What the first leaves to the next, constants for one, must not go with the first's pool."""
     config = small(sampling="sequential", dropout=0.2)

@@ -1,6 +1,6 @@
 """Two ways of measuring a model on text it was not trained on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -71,10 +71,21 @@ class WindowValidation:
     """Batches of windows in a fixed order, each from a zero state (the book's way)."""
 
     windows: Windows
+    _kept: dict[tuple[str, int], list[tuple[NDArray[Any], NDArray[Any]]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __call__(self, model: LanguageModel) -> Losses:
-        """Return the losses batch by batch."""
-        return Losses(*model.batch_losses(self.windows))
+        """Return the losses batch by batch; batches that were put on a GPU stay there."""
+        batches = self.windows.epoch(np.random.default_rng(0))
+        if model.device == "cpu":
+            return Losses(*model.batch_losses(batches))
+        key = model.device, len(model.vocabulary)
+        if key not in self._kept:
+            there = [(model.ids_beside(X), model.ids_beside(Y)) for X, Y in batches]
+            self._kept.clear()
+            self._kept[key] = there
+        return Losses(*model.batch_losses(self._kept[key], check_ids=False))
 
     def record(self, losses: Losses) -> dict[str, float | None]:
         """Return loss, perplexity and the book's figure."""
