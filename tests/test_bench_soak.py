@@ -172,8 +172,9 @@ def test_kernels_compiled_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ahead, "compile_ahead", lambda specs, *_, **__: seen.extend(specs) or [])
     assert ahead.compile_soak(500, 0, "group") == []
     pool = [c for c in soak.configurations(0, 32, "group") if not c.refusal(H100)]
-    assert len(seen) == 2 * len(pool)
-    for c, forward in zip(pool, seen[::2], strict=True):
+    assert len(seen) == 3 * len(pool)
+    assert {spec.kind for spec in seen[2::3]} == {"column_sums"}  # of a bias
+    for c, forward in zip(pool, seen[::3], strict=True):
         plan = c.plan(H100)
         assert (forward.kind, forward.sizes) == ("group_forward", plan.tile)
         assert (forward.exchange, forward.activation) == (plan.exchange, c.activation)

@@ -18,7 +18,7 @@ from numpy.typing import DTypeLike, NDArray
 from tolerance import assert_close, assert_same_bits
 
 import gpurnn
-from gpurnn import Activation, planning, reference, segments
+from gpurnn import Activation, planning, reference, segments, validate
 from gpurnn import functional as F
 from gpurnn.cuda import operations
 
@@ -167,9 +167,7 @@ def test_the_states_have_the_same_bits_again(
     monkeypatch: pytest.MonkeyPatch, dtype: DTypeLike, by_id: bool, activation: Any
 ) -> None:
     drawn = draw(PRIME, dtype=dtype)
-    whole, Z = reference.rnn_forward(
-        *drawn.arguments(by_id=by_id), F.validate.activation(activation)
-    )
+    whole, Z = reference.rnn_forward(*drawn.arguments(by_id=by_id), validate.activation(activation))
     for k in every(PRIME.T):
         _, residuals = F.rnn_forward(
             *drawn.arguments(by_id=by_id), activation=activation, checkpoint_every=k
@@ -510,7 +508,7 @@ def test_what_is_not_finite_is_refused_as_without_checkpoints(name: str, bad: fl
             activation = "identity"  # tanh would take an infinity to 1
         else:
             activation = "tanh"
-        with pytest.raises(F.validate.NonFiniteError) as raised:
+        with pytest.raises(validate.NonFiniteError) as raised:
             results(drawn, activation, k=k, xi=xi)
         said.append(str(raised.value))
     assert said[0].startswith(f"{name} holds {bad} at index")
