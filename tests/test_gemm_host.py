@@ -96,7 +96,8 @@ def test_captured_once_and_replayed_with_other_arrays_and_other_lengths(
     for seed, T in enumerate((15, 5, 22, 9, 4)):
         assert_right(cupy, T, seed=seed)
     assert len(cupy.graphs) == 3 + 4 + 1  # 22 − 1 = 2 · 8 + 4 + 1 backward
-    assert len(cupy.loads) == 3, "kernels are loaded once"
+    of_steps = [spec for spec, _ in cupy.loads if not spec.kind.startswith(("column", "scatter"))]
+    assert len(of_steps) == 3, "kernels are loaded once"
 
 
 def test_a_launch_of_the_plan_is_one_of_a_graph(cupy: fake_cupy.FakeCuPy) -> None:
@@ -277,7 +278,7 @@ def test_within_a_capture_of_the_caller(cupy: fake_cupy.FakeCuPy) -> None:
     assert len(cupy.replays) == replayed
     names = [name for name, _ in cupy.cublas.calls]
     assert "cublasSetWorkspace_v2" not in names, "whoever keeps the graph has the workspace"
-    assert names.count("cublasGemmEx") == 9 + 9 + 1 + 4  # X W_xh; dW_hh, dW_xh, dX, db_h
+    assert names.count("cublasGemmEx") == 9 + 9 + 1 + 3  # X W_xh; dW_hh, dW_xh, dX
     for _ in range(2):
         for name in ("dX", "dW_xh", "dW_hh", "db_h"):
             found[name].fill(np.nan)

@@ -56,7 +56,8 @@ def test_as_the_reference(cupy: fake_cupy.FakeCuPy, exchange: str) -> None:
     wanted = {"cluster": 2} if exchange == "cluster" else {"cooperative": 1}
     launched = fake_cupy.Extended(plan.grid, plan.block, plan.shared, 7, wanted)
     assert cupy.extended == [launched, launched]
-    assert [spec.exchange for spec, _ in cupy.launches] == [exchange, exchange]
+    assert [spec.exchange for spec, _ in cupy.launches] == [exchange, exchange, None]
+    assert cupy.launches[-1][0].kind == "column_sums"  # db_h
 
 
 @each_exchange
