@@ -16,7 +16,7 @@ from gpurnn import functional as F
 from gpurnn.activation import Activation
 from gpurnn.batches import Windows
 from gpurnn.cuda import devices
-from gpurnn.cuda.arrays import beside, gpu_of, library_of, on_gpu, on_host
+from gpurnn.cuda.arrays import beside, gpu_of, home_of, library_of, on_gpu, on_host
 from gpurnn.evaluation import Evaluation
 from gpurnn.planning import Group
 from gpurnn.rnn import RNN, Initialisation, draw_weights
@@ -274,7 +274,8 @@ class LanguageModel:
         for start in range(0, len(checked) - 1, chunk):
             window = checked[start : start + chunk + 1, None]
             nll, state = self.negative_log_likelihood(window[:-1], window[1:], state)
-            nats += float(nll.sum(dtype=np.float64))
+            with home_of(nll):
+                nats += float(nll.sum(dtype=np.float64))
         unknown = int(np.count_nonzero(checked[1:] == self.vocabulary.unk))
         return Evaluation(nats, len(checked) - 1, None, unknown)
 
@@ -288,7 +289,8 @@ class LanguageModel:
         means, tokens = [], []
         for X, Y in batches:
             nll, _ = self.negative_log_likelihood(X, Y, check_ids=check_ids)
-            means.append(nll.mean(dtype=np.float64))
+            with home_of(nll):
+                means.append(nll.mean(dtype=np.float64))
             tokens.append(nll.size)
         return tuple(map(float, means)), tuple(tokens)  # on a GPU only now something waits
 
@@ -531,7 +533,8 @@ class LanguageModel:
         checked = {name: validate.like(name, given[name], name, own[name]) for name in own}
         validate.refuse_non_finite(checked)
         for name, a in checked.items():
-            own[name][...] = beside(a, own[name])
+            with home_of(own[name]):
+                own[name][...] = beside(a, own[name])
 
     def _inputs(self, X: Ids, *, check_ids: bool = True) -> Floats | Ids:
         E = self._own.get("E")

@@ -14,7 +14,7 @@ from numpy.typing import DTypeLike, NDArray
 from gpurnn import functional as F
 from gpurnn import validate
 from gpurnn.activation import Activation
-from gpurnn.cuda.arrays import beside, library_of
+from gpurnn.cuda.arrays import beside, copied, home_of, library_of
 
 __all__ = ["INITIALISATIONS", "RNN", "Initialisation", "draw_weights"]
 
@@ -151,7 +151,7 @@ class RNN:
             )
             residuals.append(r)
             last = H[-1] if len(H) else r.states[0]
-            final.append(last.copy())  # a view would hold the whole sequence
+            final.append(copied(last))  # a view would hold the whole sequence
         return H, _stacked(final), residuals
 
     def backward(
@@ -216,9 +216,11 @@ def _stacked(states: list[Floats]) -> Floats:
     """Return the states of all layers as one array, that of one layer as it is."""
     if len(states) == 1:
         return states[0]
-    stacked: Floats = library_of(states[0]).empty((len(states), *states[0].shape), states[0].dtype)
-    for one, state in zip(stacked, states, strict=True):
-        one[...] = state
+    first = states[0]
+    with home_of(first):
+        stacked: Floats = library_of(first).empty((len(states), *first.shape), first.dtype)
+        for one, state in zip(stacked, states, strict=True):
+            one[...] = state
     return stacked
 
 

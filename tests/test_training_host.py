@@ -124,6 +124,27 @@ def test_what_validates_is_put_there_once(cupy: FakeCuPy, monkeypatch: pytest.Mo
     assert put.count((3, 4)) == 4 and put.count((3, 1)) == 2  # X and Y of three batches
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_model_on_a_gpu_that_is_not_the_current_one(cupy: FakeCuPy, layers: int) -> None:
+    sizes = {"train_windows": 12, "valid_windows": 9, "batch_size": 4}
+    config = small(sampling="windows", num_layers=layers, embedding_size=2, **sizes)
+    expected, run = trained(config), on_device(config, "cuda:2")
+    run.trainer.run()
+    run.trainer.keep_best()
+    expected.trainer.keep_best()
+    text = CORPUS.text[:30]
+    assert run.model.perplexity(text) == pytest.approx(expected.model.perplexity(text), rel=1e-8)
+    book = expected.model.book_perplexity(text, num_steps=3, batch_size=7)
+    found = run.model.book_perplexity(text, num_steps=3, batch_size=7)
+    assert found == pytest.approx(book, rel=1e-8)
+    assert run.model.generate("ab", 5, seed=1) == expected.model.generate("ab", 5, seed=1)
+    state, _ = run.model.step(np.array([1, 2]), run.model.init_state(2))
+    assert state.device.id == 2
+    run.model.load_params(expected.model.params)
+    assert run.model.device == "cuda:2"
+    assert cupy.current.id == 0
+
+
 def test_runs_one_after_the_other(cupy: FakeCuPy) -> None:
     """What the first leaves to the next, constants for one, must not go with the first's pool."""
     config = small(sampling="sequential", dropout=0.2)

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,17 @@ from numpy.typing import NDArray
 
 from gpurnn.cuda.engines import Array, Engine, GPUEngine, cupy, current_emulation
 
-__all__ = ["beside", "copied", "engine_of", "gpu_of", "library_of", "on_gpu", "on_host", "taken"]
+__all__ = [
+    "beside",
+    "copied",
+    "engine_of",
+    "gpu_of",
+    "home_of",
+    "library_of",
+    "on_gpu",
+    "on_host",
+    "taken",
+]
 
 DLPACK_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
 
@@ -100,7 +110,7 @@ def on_host(a: Array) -> NDArray[Any]:
 
 def copied(a: Array) -> Array:
     """Return a copy where ``a``, a NumPy or CuPy array, lies."""
-    with nullcontext() if not on_gpu(a) else a.device:
+    with home_of(a):
         return a.copy()
 
 
@@ -108,8 +118,17 @@ def beside(a: Array, other: Array) -> Array:
     """Return a NumPy array ``a`` in the memory where ``other`` lies; any other as it is."""
     if not isinstance(a, np.ndarray) or on_gpu(a) or not on_gpu(other):
         return a
-    with other.device:
+    with home_of(other):
         return cupy().array(a)
+
+
+def home_of(a: Array) -> AbstractContextManager[object]:
+    """Return a context in which what is computed from ``a``, NumPy's or CuPy's, lies where it does.
+
+    CuPy makes new arrays on its current device, wherever those lie that they are made of.
+    """
+    home: AbstractContextManager[object] = a.device if on_gpu(a) else nullcontext()
+    return home
 
 
 def _taken(name: str, a: Any) -> Array:

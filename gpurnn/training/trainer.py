@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from gpurnn import checkpoint, philox
 from gpurnn.batches import Epoch, Sampler
-from gpurnn.cuda.arrays import beside, copied, engine_of, on_host
+from gpurnn.cuda.arrays import beside, copied, engine_of, home_of, on_host
 from gpurnn.language_model import LanguageModel
 from gpurnn.optimizers import make_optimizer, scheduled
 from gpurnn.training.config import TrainingConfig
@@ -275,7 +275,8 @@ class Trainer:
         """Copy the best parameters into the model: after the run, not to be trained further."""
         for name, a in self.best.items():
             own = self.model.params[name]
-            own[...] = beside(a, own)
+            with home_of(own):
+                own[...] = beside(a, own)
 
     def contents(self) -> checkpoint.Contents:
         """Return a copy of the whole state of the run, to be written to a file."""
