@@ -315,3 +315,27 @@ def test_a_hundred_losses_are_those_of_numpy() -> None:
             losses.append(told)
     assert len(losses[0]) == 101
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-9)
+
+
+def test_an_interruption_while_an_epoch_is_set_up_counts_nothing(
+    emulated: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(sampling="sequential", batch_size=3, max_tokens=60)
+    whole, run = trained(config), prepared(config)
+    steps = run.trainer._steps
+    assert isinstance(steps, DeviceSteps)
+    inner, calls = steps._put, [0]
+
+    def put(name: str, a: Any) -> None:
+        calls[0] += 1
+        if calls[0] == 6:  # in the second epoch, whose batches nobody has begun
+            raise KeyboardInterrupt
+        inner(name, a)
+
+    monkeypatch.setattr(steps, "_put", put)
+    with pytest.raises(KeyboardInterrupt):
+        run.trainer.run()
+    step = run.trainer.progress.step
+    assert run.trainer.contents().document["progress"]["step"] == step
+    assert run.trainer.run()
+    assert run.trainer.progress.step == whole.trainer.progress.step

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpurnn import validate
 from gpurnn.batches import Sampler
 from gpurnn.cuda import optimizing, update
 from gpurnn.cuda.arrays import beside, on_host
@@ -55,8 +54,7 @@ class DeviceSteps:
         clip: float | None,
         seed: int,
     ) -> None:
-        size = len(model.vocabulary)
-        text = validate.token_ids("ids", sampler.ids, size, "the vocabulary", "tokens")
+        text = model.ids_beside(sampler.ids)
         self._engine, self._model, self._sampler = engine, model, sampler
         self._optimizer, self._seed = optimizer, seed
         with engine.here():
@@ -76,7 +74,7 @@ class DeviceSteps:
             self._partials = xp.zeros(update.partial_sums(size), np.float64)
             self._settings = xp.array(optimizing.settings_array(optimizer.settings, clip))
             self._counts = xp.zeros(Counts.SIZE, np.int64)
-            self._text = xp.array(text.astype(np.int32))
+            self._text = xp.asarray(text, np.int32)
             n = sampler.n
             self._hidden = xp.zeros((model.rnn.num_layers, n, model.rnn.hidden_size), dtype)
         self._carried = False
@@ -113,7 +111,7 @@ class DeviceSteps:
         """See ``steps.Steps``."""
         assert not self._waiting, "the updates before have not been finished"
         self._recorder.settle()
-        self._plan, self._begun, self._unread = plan, 0, 0
+        self._plan, self._begun, self._unread = None, 0, 0  # until the device knows of it
         self._refused, self._fault = None, None
         batches, first = plan.batches, plan.first
         updates = plan.update + np.arange(len(batches) - first)
@@ -138,6 +136,7 @@ class DeviceSteps:
             self._put("record", np.zeros(len(batches) * Record.SIZE))
             self._counts[...] = self._engine.xp.array(counts)
             self._engine.settle()
+        self._plan = plan
 
     def advance(self) -> list[Update]:
         """See ``steps.Steps``."""
