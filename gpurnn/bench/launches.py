@@ -56,18 +56,16 @@ class RecordingEngine:
     ) -> None:
         """Queue a kernel, and remember it with its arrays, if it belongs to the recurrence."""
         each = list(integers)
-        if spec.kind.startswith(BESIDE):
-            self.inner.launch(
-                spec, grid, block, arrays, each, shared, cluster=cluster, cooperative=cooperative
-            )
-            return
 
         def again() -> None:
             self.inner.launch(
                 spec, grid, block, arrays, each, shared, cluster=cluster, cooperative=cooperative
             )
 
-        self._remember(again, len(each))
+        if spec.kind.startswith(BESIDE):
+            again()
+        else:
+            self._remember(again, len(each))
 
     def scratch(self, shape: tuple[int, ...]) -> Any:
         """Return the inner engine's, and remember to zero it before what is launched next."""

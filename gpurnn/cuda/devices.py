@@ -7,10 +7,7 @@ import shutil
 from gpurnn.cuda.engines import GPUEngine, cupy, limits_of
 from gpurnn.cuda.packages import needed
 
-__all__ = ["DEVICES", "chosen", "driver_present", "named"]
-
-DEVICES = ("auto", "cpu", "cuda")
-"""What a command takes; "cuda:N" too."""
+__all__ = ["chosen", "driver_present", "named"]
 
 
 def named(device: str) -> GPUEngine | None:
@@ -47,7 +44,7 @@ def driver_present() -> bool:
 def chosen(device: str) -> tuple[str, Exception | None]:
     """Return the device that a command shall use, and if it was left to us, why it is no GPU.
 
-    "auto" is the first GPU if there is one that can be used, and else the CPU.
+    "auto" is CuPy's current GPU if there is one that can be used, and else the CPU.
 
     Raises:
         TypeError, ValueError, ImportError: as ``named`` does, for a device that is named.

@@ -41,7 +41,7 @@ FEW_ROWS = 64  # that a warp adds up, column by column
 WARPS_OF_SUM = 8
 ROWS_OF_PART = 256  # that a block of so many adds up, at least
 MOST_PARTS = 1024
-LARGEST_KEPT = 1 << 20  # numbers of a constant array that is kept for the next call
+LARGEST_KEPT = 1 << 20  # zeros of an array that is kept for the next call
 
 
 def rnn_forward(
@@ -96,7 +96,7 @@ def _rnn_states(
             states[0] = h_0
         Z = None if activation.of_output else xp.empty((T, n, h), dtype)
         if T and n:
-            b = _constant(engine, "zeros", h, dtype) if b_h is None else b_h
+            b = _kept_zeros(engine, h, dtype) if b_h is None else b_h
             target = states[1:] if Z is None else Z
             if plan.kernel == "concatenated":
                 spec = _spec("step_concatenated", SIDE, activation, dtype)
@@ -171,7 +171,7 @@ def _launch_groups(
     if plan.cooperative:
         words = engine.scratch(shape)
     else:  # no one looks at them: not worth a launch that clears them
-        words = _constant(engine, "zeros", math.prod(shape), np.uint64).reshape(shape)
+        words = _kept_zeros(engine, math.prod(shape), np.uint64).reshape(shape)
     report = engine.report(plan.grid[0])
     for i, row_0 in enumerate(starts):
         engine.launch(
@@ -295,7 +295,7 @@ def hidden_layer(
         H = xp.empty((*X.shape[:-1], h), dtype)
         Z = None if activation.of_output else xp.empty_like(H)
         flat = H.reshape(len(rows), h)
-        b = _constant(engine, "zeros", h, dtype) if b_h is None else b_h
+        b = _kept_zeros(engine, h, dtype) if b_h is None else b_h
         if len(rows):
             engine.launch(
                 _spec("layer_forward", SIDE, activation, dtype),
@@ -426,16 +426,16 @@ def specs_of_sum(N: int, dtype: str) -> list[KernelSpec]:
     return [KernelSpec("column_parts", sizes, "identity", dtype), tokens.parts_spec(dtype)]
 
 
-def _constant(engine: Engine, kind: str, size: int, dtype: Any) -> Array:
-    """Return ``size`` zeros, ones or counting numbers that no one writes to, from any stream."""
+def _kept_zeros(engine: Engine, size: int, dtype: Any) -> Array:
+    """Return ``size`` zeros that no one writes to, from any stream."""
     if size > LARGEST_KEPT:
-        return getattr(engine.xp, kind)(size, dtype=dtype)
-    return _kept(engine, kind, 1 << (size - 1).bit_length(), dtype)[:size]
+        return engine.xp.zeros(size, dtype)
+    return _kept(engine, 1 << (size - 1).bit_length(), dtype)[:size]
 
 
 @cache
-def _kept(engine: Engine, kind: str, size: int, dtype: Any) -> Array:
+def _kept(engine: Engine, size: int, dtype: Any) -> Array:
     with engine.here(), engine.lasting():
-        made = getattr(engine.xp, kind)(size, dtype=dtype)
+        made = engine.xp.zeros(size, dtype)
         engine.settle()
     return made
