@@ -36,7 +36,7 @@ sum_of_warp = over_warp(_added)
 
 
 def sum_of_block(kind: Any) -> DeviceFunction:
-    """Return a device function of a number of each thread: the sum of all, in thread 0 alone.
+    """Return a device function of a number of each thread: the sum of all, in every thread.
 
     All threads of a block of whole warps call it, once; it has one barrier.
     """
@@ -51,9 +51,8 @@ def sum_of_block(kind: Any) -> DeviceFunction:
             sums[thread // lanes] = value
         cuda.syncthreads()
         total = nothing
-        if thread == uint32(0):
-            for w in range(uint32(cuda.blockDim.x) // lanes):
-                total += sums[w]
+        for w in range(uint32(cuda.blockDim.x) // lanes):
+            total += sums[w]
         return total
 
     return run

@@ -16,6 +16,7 @@ from numba import cuda, float64, int32, uint32, uint64
 
 from gpurnn.kernels.device import DeviceFunction, device
 from gpurnn.kernels.storage import Storage
+from gpurnn.kernels.sums import sum_of_block
 from gpurnn.slots import Counts, Rates, Record, Settings, Updating
 
 __all__ = ["apply", "norm"]
@@ -37,24 +38,6 @@ BATCH, STOPPED = uint32(Counts.BATCH), uint32(Counts.STOPPED)
 NEXT_BATCH, NEXT_STOPPED = uint32(Counts.NEXT_BATCH), uint32(Counts.NEXT_STOPPED)
 RECORD, LOSS, NORM = uint64(Record.SIZE), uint64(Record.LOSS), uint64(Record.NORM)
 REFUSED = uint64(Record.STOPPED)
-
-
-@device
-def block_sum(sums, x):
-    """Return the sum of x over the block to every thread, in a fixed order.
-
-    ``sums`` is shared, (THREADS,). A barrier must stand between two calls and the last use of it.
-    """
-    thread = uint32(cuda.threadIdx.x)
-    sums[thread] = x
-    cuda.syncthreads()
-    half = uint32(THREADS // 2)
-    while half > uint32(0):
-        if thread < half:
-            sums[thread] += sums[thread + half]
-        cuda.syncthreads()
-        half //= uint32(2)
-    return sums[0]
 
 
 def _new_values(optimizer: str, real) -> tuple[DeviceFunction, DeviceFunction]:
@@ -134,16 +117,16 @@ def norm(updating: Updating, storage: Storage) -> Callable[..., None]:
             float64, is element b; element blocks + b is 0, or 1 if a new value of one of its
             numbers may overflow.
 
-    A thread takes every (256 · blocks)-th number, in order; a block adds its threads' sums as a
-    tree. So the order of all sums depends on P and the grid alone.
+    A thread takes every (256 · blocks)-th number, in order; a block adds its threads' sums, of
+    its warps and then of all. So the order of all sums depends on P and the grid alone.
     """
     real, zero, no, yes = storage.real, storage.real(0), float64(0), float64(1)
     bound = _bound(updating.optimizer, real)
     _, scalars = _new_values(updating.optimizer, real)
     has_m, has_v = updating.optimizer == "adamw", updating.optimizer != "sgd"
+    summed = sum_of_block(float64)
 
     def update_norm(theta, grads, m, v, rates, settings, counts, partials):
-        sums = cuda.shared.array(THREADS, float64)
         s = cuda.local.array(SCALARS, real)
         scalars(s, rates, settings, uint64(counts[BATCH]))
         most, eps = settings[MAX_NORM], real(settings[EPS])
@@ -162,7 +145,7 @@ def norm(updating: Updating, storage: Storage) -> Callable[..., None]:
             new = bound(theta[i], clipped, old_m, old_v, s, eps)
             if new - new != zero:
                 over = yes
-        total = block_sum(sums, squares)
+        total = summed(squares)
         any_over = cuda.syncthreads_or(int32(over != no))
         if cuda.threadIdx.x == 0:
             partials[cuda.blockIdx.x] = total
@@ -190,9 +173,9 @@ def apply(updating: Updating, storage: Storage) -> Callable[..., None]:
     real, zero, no, yes = storage.real, storage.real(0), float64(0), float64(1)
     new, scalars = _new_values(updating.optimizer, real)
     has_m, has_v = updating.optimizer == "adamw", updating.optimizer != "sgd"
+    summed = sum_of_block(float64)
 
     def update_apply(theta, grads, m, v, loss, partials, rates, settings, counts, record):
-        sums = cuda.shared.array(THREADS, float64)
         s = cuda.local.array(SCALARS, real)
         batch = uint64(counts[BATCH])
         scalars(s, rates, settings, batch)
@@ -202,7 +185,7 @@ def apply(updating: Updating, storage: Storage) -> Callable[..., None]:
         for b in range(thread, blocks, uint32(THREADS)):
             squares += partials[b]
             over = max(over, partials[blocks + b])
-        total = block_sum(sums, squares)
+        total = summed(squares)
         may_overflow = cuda.syncthreads_or(int32(over != no))
         length = math.sqrt(total)
         finite = length - length == no and loss[0] - loss[0] == no
