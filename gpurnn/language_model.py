@@ -263,21 +263,31 @@ class LanguageModel:
 
     def evaluate_ids(self, ids: Ids) -> Evaluation:
         """Evaluate ids (N,), N ≥ 2, as ``evaluate`` does a text; characters are not counted."""
+        nats, state, unknown, tokens = 0.0, None, 0, 0
+        for X, Y in self.stretches(ids):
+            nll, state = self.negative_log_likelihood(X, Y, state)
+            with home_of(nll):
+                nats += float(nll.sum(dtype=np.float64))
+            unknown += int(np.count_nonzero(self.vocabulary.unk == Y))
+            tokens += len(Y)
+        return Evaluation(nats, tokens, None, unknown)
+
+    def stretches(self, ids: Ids) -> Iterator[tuple[Ids, Ids]]:
+        """Yield X and Y, each (T, 1), of the stretches in which ``evaluate_ids`` reads (N,) ids.
+
+        Raises:
+            TypeError, ValueError: ids is no array of at least two ids.
+        """
         checked = validate.text_ids("ids", ids)
         if len(checked) < 2:
             raise ValueError(f"ids has shape {checked.shape}: expected at least 2 tokens")
-        nats, state = 0.0, None
         chunk = EVALUATION_CHUNK
         if self.device != "cpu":  # a chunk costs a wait
             largest = max(self.rnn.hidden_size, len(self.vocabulary))
             chunk = max(chunk, min(NUMBERS_ON_GPU // largest, 1 << 16))
         for start in range(0, len(checked) - 1, chunk):
             window = checked[start : start + chunk + 1, None]
-            nll, state = self.negative_log_likelihood(window[:-1], window[1:], state)
-            with home_of(nll):
-                nats += float(nll.sum(dtype=np.float64))
-        unknown = int(np.count_nonzero(checked[1:] == self.vocabulary.unk))
-        return Evaluation(nats, len(checked) - 1, None, unknown)
+            yield window[:-1], window[1:]
 
     def batch_losses(
         self, batches: Iterable[tuple[Ids, Ids]], *, check_ids: bool = True

@@ -15,9 +15,9 @@ class Counts:
     BATCH = 0  # of the epoch, in this step
     STOPPED = 1  # whether an earlier step was refused: then this one changes nothing
     UPDATE = 2  # of the run, from 0
-    NEXT_BATCH = 3  # what the next step begins with
-    NEXT_STOPPED = 4
-    FIRST_UPDATE = 5  # that of the epoch's first batch
+    NEXT_STOPPED = 3  # what the next step begins with
+    NEXT_BATCH = 4
+    FIRST_UPDATE = 5  # that of the epoch's first batch; the host sets these two, for each epoch
     SIZE = 6
 
 

@@ -6,11 +6,11 @@ batch it is they find in ``counts`` (``gpurnn.slots``).
 
 from collections.abc import Callable
 
-from numba import cuda, uint32, uint64
+from numba import cuda, float64, int32, uint32, uint64
 
 from gpurnn.slots import Counts
 
-__all__ = ["keep", "take"]
+__all__ = ["keep", "stop", "take"]
 
 BATCH, STOPPED, UPDATE = uint32(Counts.BATCH), uint32(Counts.STOPPED), uint32(Counts.UPDATE)
 NEXT_BATCH, NEXT_STOPPED = uint32(Counts.NEXT_BATCH), uint32(Counts.NEXT_STOPPED)
@@ -62,3 +62,24 @@ def keep() -> Callable[..., None]:
             target[i] = source[i]
 
     return keep_state
+
+
+def stop() -> Callable[..., None]:
+    """Build ``kernel(numbers, counts)``: no later step changes anything unless all are finite.
+
+    numbers (N,) float64 is read; of counts NEXT_STOPPED is written, or left as it is. One block.
+    """
+    nothing = float64(0)
+
+    def stop_unless_finite(numbers, counts):
+        spoilt = False
+        i = uint32(cuda.threadIdx.x)
+        while i < uint32(numbers.shape[0]):
+            if numbers[i] - numbers[i] != nothing:
+                spoilt = True
+            i = uint32(i + uint32(cuda.blockDim.x))
+        any_spoilt = cuda.syncthreads_or(int32(spoilt))
+        if cuda.threadIdx.x == 0 and any_spoilt != 0:
+            counts[NEXT_STOPPED] = 1
+
+    return stop_unless_finite

@@ -11,6 +11,7 @@ use there: assignments, additions in place, copies.
 
 import ctypes
 import sys
+import time
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -221,15 +222,24 @@ class Event:
     """A mark on a stream."""
 
     def __init__(self, fake: "FakeCuPy", *, disable_timing: bool = False) -> None:
-        self.fake = fake
+        self.fake, self.timing = fake, not disable_timing
+        self.seconds: float | None = None
 
     def record(self, stream: "Stream | None" = None) -> None:
         stream = stream or self.fake.stream
         assert stream.captured is None
+        self.seconds = time.perf_counter()
         self.fake.order.append(("record", stream.ptr, self))
 
     def synchronize(self) -> None:
         self.fake.order.append(("synchronize", 0, self))
+
+
+def elapsed(first: Event, second: Event) -> float:
+    """Return the milliseconds from one mark to another."""
+    assert first.timing and second.timing
+    assert first.seconds is not None and second.seconds is not None
+    return 1e3 * (second.seconds - first.seconds)
 
 
 class Stream:
@@ -355,6 +365,7 @@ class FakeCuPy(types.ModuleType):
             Device=Device,
             Module=lambda: Module(self),
             Stream=lambda non_blocking=False: Stream(self, non_blocking=non_blocking),
+            get_elapsed_time=elapsed,
             Event=lambda disable_timing=False: Event(self, disable_timing=disable_timing),
             get_current_stream=lambda: self.stream,
             alloc_pinned_memory=self._pinned,

@@ -183,12 +183,19 @@ def table() -> dict[str, Any]:
     return found
 
 
-NO_ACTIVATION = ("target_count", "loss_mean", "dropout", "take_batch", "keep_state")
+NO_ACTIVATION = (
+    "target_count",
+    "loss_mean",
+    "dropout",
+    "take_batch",
+    "keep_state",
+    "stop_unless_finite",
+)
 POINTWISE = ("layer_backward", "tail_forward", "tail_backward")
 
 UPDATE: tuple[Kind, ...] = ("update_norm", "update_apply")
 COLUMNS: tuple[Kind, ...] = ("column_sums", "column_parts")
-STEP_BESIDE: tuple[Kind, ...] = ("take_batch", "keep_state")
+STEP_BESIDE: tuple[Kind, ...] = ("take_batch", "keep_state", "stop_unless_finite")
 FORWARD: Kind = "resident_forward"
 BACKWARD: Kind = "resident_backward"
 

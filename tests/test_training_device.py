@@ -10,16 +10,26 @@ import numpy as np
 import pytest
 from group_setup import SMALL_CARD
 from tolerance import assert_same_bits
-from training_setup import CORPUS, prepared, state_of, tiny, trained
+from training_setup import (
+    CORPUS,
+    assert_same_params,
+    params_of,
+    prepared,
+    state_of,
+    tiny,
+    trained,
+)
 
 import gpurnn
 from gpurnn.batches import SequentialPartition
 from gpurnn.doctor.device import why_no_gpu
-from gpurnn.training import Trainer, TrainingDiverged, prepare
+from gpurnn.training import Losses, Trainer, TrainingDiverged, device_validation, prepare
 from gpurnn.training import device as device_module
 from gpurnn.training.config import TrainingConfig
 from gpurnn.training.device import DeviceSteps
 from gpurnn.training.run import Run
+from gpurnn.training.steps import Plan
+from gpurnn.training.tables import Tables
 
 # float64: every difference between the two is one of rounding, and stays one for a few updates
 CLOSE = 1e-9
@@ -324,18 +334,217 @@ def test_an_interruption_while_an_epoch_is_set_up_counts_nothing(
     whole, run = trained(config), prepared(config)
     steps = run.trainer._steps
     assert isinstance(steps, DeviceSteps)
-    inner, calls = steps._put, [0]
+    inner, calls = Tables.write, [0]
 
-    def put(name: str, a: Any) -> None:
-        calls[0] += 1
-        if calls[0] == 6:  # in the second epoch, whose batches nobody has begun
+    def write(self: Tables, plan: Plan, *rest: Any) -> None:
+        calls[0] += plan.first == 0 and plan.update > 0
+        if calls[0] == 1:  # in the second epoch, whose batches nobody has begun
             raise KeyboardInterrupt
-        inner(name, a)
+        inner(self, plan, *rest)
 
-    monkeypatch.setattr(steps, "_put", put)
+    monkeypatch.setattr(Tables, "write", write)
     with pytest.raises(KeyboardInterrupt):
         run.trainer.run()
-    step = run.trainer.progress.step
-    assert run.trainer.contents().document["progress"]["step"] == step
+    counted = run.trainer.contents().document["progress"]
+    assert counted["epoch"] == 1 and counted["batch"] == 0
+    calls[0] = 2
     assert run.trainer.run()
-    assert run.trainer.progress.step == whole.trainer.progress.step
+    assert state_of(run) == state_of(whole)
+
+
+class Interrupting:
+    """A recorder at which somebody presses Ctrl-C: at a call, before it does anything or after."""
+
+    def __init__(self, inner: Any, at: int, *, after: bool) -> None:
+        self.inner, self.at, self.after, self.calls = inner, at, after, 0
+
+    def _called(self, call: Any, *arguments: Any) -> Any:
+        self.calls += 1
+        if self.calls == self.at and not self.after:
+            raise KeyboardInterrupt
+        found = call(*arguments)
+        if self.calls == self.at:
+            raise KeyboardInterrupt
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self.inner, name)
+        return lambda *arguments: self._called(call, *arguments)
+
+    def read(self, a: Any) -> Any:
+        read = self._called(self.inner.read, a)
+        return lambda: self._called(read)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_wherever_it_is_interrupted_it_goes_on_to_the_same_bits(*, after: bool) -> None:
+    config = small(
+        sampling="sequential",
+        batch_size=2,
+        num_steps=2,
+        hidden_size=2,
+        max_tokens=22,
+        epochs=2,
+        optimizer="momentum",
+        lr=0.1,
+        valid_fraction=0.3,
+    )
+    with gpurnn.emulated(SMALL_CARD, check_races=False):
+        whole = state_of(trained(config))
+        at, interrupted = 0, True
+        while interrupted:
+            at, interrupted = at + 1, False
+            run = prepared(config)
+            steps = run.trainer._steps
+            recorder = Interrupting(steps._recorder, at, after=after)  # type: ignore[attr-defined]
+            steps._recorder = recorder  # type: ignore[attr-defined]
+            try:
+                run.trainer.run()
+            except KeyboardInterrupt:
+                interrupted = True
+                other = prepared(config)
+                other.trainer.restore(run.trainer.contents())
+                assert other.trainer.run()
+                assert state_of(other) == whole, at
+                assert run.trainer.run()
+            recorder.at = 0
+            assert state_of(run) == whole, at
+    assert at > 20
+
+
+def test_on_epoch_finds_the_parameters_of_the_epoch_s_end(
+    emulated: None, chunks_of_two: None
+) -> None:
+    config = small(sampling="sequential", batch_size=3, max_tokens=90, epochs=3)
+    expected, run = prepared(config), prepared(config)
+    found: list[list[dict[str, Any]]] = []
+    for each in (expected, run):
+        by_epoch: list[dict[str, Any]] = []
+        each.trainer.run(on_epoch=lambda _, each=each, to=by_epoch: to.append(params_of(each)))  # type: ignore[misc]
+        found.append(by_epoch)
+    assert len(found[0]) == 3
+    for theirs, ours in zip(*found, strict=True):
+        assert_same_params(ours, theirs)
+
+
+def test_ahead_of_on_epoch_the_best_is_known_and_a_checkpoint_can_be_made(
+    emulated: None, chunks_of_two: None
+) -> None:
+    config = small(sampling="sequential", batch_size=3, max_tokens=90, epochs=4, valid_fraction=0.3)
+    whole, run = trained(config), prepared(config)
+    p, best, contents, steps = run.trainer.progress, [], [], []
+
+    def on_epoch(record: dict[str, Any]) -> None:
+        steps.append((record["step"], p.step))
+        best.append({name: a.copy() for name, a in run.trainer.best.items()})
+        contents.append(run.trainer.contents())
+
+    assert run.trainer.run(on_epoch=on_epoch, ahead=True)
+    assert state_of(run) == state_of(whole)
+    assert [record["step"] for record in run.trainer.history] == [step for step, _ in steps]
+    losses = [record["valid_loss"] for record in run.trainer.history]
+    again = prepared(config)
+    kept = {}
+    again.trainer.run(on_epoch=lambda r: kept.update({r["epoch"]: params_of(again)}))
+    for i, found in enumerate(best):
+        assert_same_params(found, kept[1 + int(np.argmin(losses[: i + 1]))])
+    for one in contents[:3]:
+        other = prepared(config)
+        other.trainer.restore(one)
+        assert other.trainer.run()
+        assert state_of(other) == state_of(whole)
+
+
+@pytest.mark.parametrize("patience", [1, 2])
+def test_patience_ends_a_run_where_it_does_on_numpy(patience: int, chunks_of_two: None) -> None:
+    """No epoch is begun that might not be: the parameters are those of the last one's end."""
+    config = small(
+        sampling="sequential",
+        batch_size=3,
+        max_tokens=70,
+        epochs=30,
+        lr=30.0,
+        clip=None,
+        patience=patience,
+        valid_fraction=0.3,
+    )
+    expected = trained(config)
+    assert patience < len(expected.trainer.history) < 30
+    with gpurnn.emulated(SMALL_CARD):
+        found = trained(config)
+    assert len(found.trainer.history) == len(expected.trainer.history)
+    assert found.trainer.progress.best_epoch == expected.trainer.progress.best_epoch
+    assert_same_run(found, expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("sampling", ["windows", "sequential"])
+def test_what_validation_spoils_stops_where_the_epoch_ended(
+    sampling: str, emulated: None, chunks_of_two: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = {"windows": (9, 60), "sequential": (3, 90)}[sampling]
+    sizes: dict[str, Any] = {"batch_size": shape[0], "max_tokens": shape[1], "valid_fraction": 0.3}
+    config = small(sampling=sampling, epochs=4, **sizes)
+    half = trained(dataclasses.replace(config, epochs=2))
+    run = prepared(config)
+    inner, calls = device_validation.losses.mean, [0]
+
+    def spoilt(engine: Any, nll: Any, out: Any) -> None:
+        calls[0] += 1
+        inner(engine, nll, out)
+        if calls[0] == 2:
+            out[...] = np.nan
+
+    monkeypatch.setattr(device_validation.losses, "mean", spoilt)
+    step = half.trainer.progress.step
+    told = rf"diverged at update {step} \(epoch 2\): in validation, the loss is nan\. Try a lower"
+    with pytest.raises(TrainingDiverged, match=told):
+        run.trainer.run()
+    assert calls[0] >= 2
+    assert run.trainer.progress.step == step
+    assert len(run.trainer.history) == 1
+    ours, theirs = run.trainer.contents().arrays, half.trainer.contents().arrays
+    for name, a in theirs.items():
+        if name.startswith(("model.", "optimizer.")):
+            assert_same_bits(name, ours[name], a)
+    assert run.trainer.run()  # where it had stopped, validated anew
+    assert len(run.trainer.history) == 4
+
+
+class LooksAtTheModel:
+    """A validation that is none in batches."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Any]] = []
+        self.fails_at = -1
+
+    def __call__(self, model: gpurnn.LanguageModel) -> Losses:
+        if len(self.seen) == self.fails_at:
+            self.fails_at = -1
+            raise OSError("no such text")
+        self.seen.append({name: a.copy() for name, a in model.params.items()})
+        return Losses((model.evaluate("abcab").nats,), (4,))
+
+    def record(self, losses: Losses) -> dict[str, float | None]:
+        return {"valid_mine": losses.mean}
+
+
+def test_a_validation_of_one_s_own_sees_the_model_at_the_epoch_s_end(
+    emulated: None, chunks_of_two: None
+) -> None:
+    config = small(sampling="sequential", batch_size=3, max_tokens=90, epochs=3)
+    expected, kept = prepared(config), []
+    expected.trainer.run(on_epoch=lambda _: kept.append(params_of(expected)))
+    model, mine = prepared(config).model, LooksAtTheModel()
+    mine.fails_at = 1
+    trainer = Trainer(model, expected.trainer.sampler, config, mine)
+    with pytest.raises(OSError, match="no such text"):
+        trainer.run()
+    step = trainer.progress.step
+    assert trainer.contents().document["progress"]["step"] == step
+    assert trainer.progress.epoch == 1 and trainer.progress.batch > 0
+    assert trainer.run()
+    assert ["valid_mine" in record for record in trainer.history] == [True] * 3
+    assert len(mine.seen) == 3
+    for theirs, ours in zip(kept, mine.seen, strict=True):
+        assert_same_params(ours, theirs)

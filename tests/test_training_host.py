@@ -13,6 +13,8 @@ from fake_cupy import FakeCuPy
 from training_setup import CORPUS, state_of, tiny, trained
 from typer.testing import CliRunner
 
+from gpurnn import language_model
+from gpurnn.batches import RandomPartition
 from gpurnn.cli import app
 from gpurnn.doctor import language_model as doctor
 from gpurnn.training import device as device_module
@@ -88,21 +90,26 @@ def test_the_card_has_the_next_steps_before_the_host_waits(cupy: FakeCuPy) -> No
         assert replayed + 1 == min(told + 2, steps)  # two told of, two more on their way
 
 
-def test_a_longer_epoch_finds_room(cupy: FakeCuPy) -> None:
-    """Random offsets make some epochs longer: tables move, and what was captured goes."""
+@pytest.mark.parametrize("said", [1, None], ids=["nobody knew of", "some have"])
+def test_a_longer_epoch_finds_room(
+    cupy: FakeCuPy, monkeypatch: pytest.MonkeyPatch, said: int | None
+) -> None:
+    """Random offsets make some epochs longer: if tables have to move, what was captured goes."""
+    if said is not None:
+        monkeypatch.setattr(RandomPartition, "num_batches", said)
     config = small(sampling="random", epochs=4, max_tokens=46, seed=0)
     run = on_device(config)
     lengths: list[int] = []
-    begin = run.trainer._steps.begin
+    set_out = run.trainer._steps._set_out  # type: ignore[attr-defined]
 
     def begun(plan: Any) -> None:
         lengths.append(len(plan.batches))
-        begin(plan)
+        set_out(plan)
 
-    run.trainer._steps.begin = begun  # type: ignore[method-assign]
+    run.trainer._steps._set_out = begun  # type: ignore[attr-defined]
     assert run.trainer.run()
     assert max(lengths) > lengths[0], f"no epoch is longer than the first, {lengths}: another seed"
-    assert len(cupy.graphs) == 2
+    assert len(cupy.graphs) == (1 if said is None else 2)
     expected = trained(config)
     for record, other in zip(run.trainer.history, expected.trainer.history, strict=True):
         assert record["train_loss"] == pytest.approx(other["train_loss"], rel=1e-9)
@@ -111,10 +118,10 @@ def test_a_longer_epoch_finds_room(cupy: FakeCuPy) -> None:
 def test_what_validates_is_put_there_once(cupy: FakeCuPy, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"train_windows": 12, "valid_windows": 9, "batch_size": 4, "epochs": 3}
     config = small(sampling="windows", **sizes)
-    expected, run = trained(config), on_device(config)
-    put: list[tuple[int, ...]] = []
+    expected, put = trained(config), []
     inner = cupy.array
     monkeypatch.setattr(cupy, "array", lambda a: put.append(np.shape(a)) or inner(a))
+    run = on_device(config)
     run.trainer.run()
     for record, other in zip(run.trainer.history, expected.trainer.history, strict=True):
         assert record["valid_loss"] == pytest.approx(other["valid_loss"], rel=1e-9)
@@ -122,6 +129,41 @@ def test_what_validates_is_put_there_once(cupy: FakeCuPy, monkeypatch: pytest.Mo
             other["valid_perplexity_book"], rel=1e-9
         )
     assert put.count((3, 4)) == 4 and put.count((3, 1)) == 2  # X and Y of three batches
+    assert len(cupy.graphs) == 2  # a step, and validation
+    means = [spec for spec, _ in cupy.launches if spec.kind == "stop_unless_finite"]
+    assert len(means) == 3
+
+
+@pytest.mark.parametrize("validates", [{"train_windows": 14, "valid_windows": 9}, {}])
+def test_the_card_has_the_next_epoch_before_the_host_waits(
+    cupy: FakeCuPy, validates: dict[str, int]
+) -> None:
+    config = small(sampling="windows", batch_size=4, epochs=4, max_tokens=30, **validates)
+    run = on_device(config)
+    p, seen = run.trainer.progress, []
+
+    def on_step() -> bool:
+        queued = sum(spec.kind == "take_batch" for spec, _ in cupy.launches)
+        seen.append((p.step, queued))
+        return True
+
+    assert run.trainer.run(on_step)
+    total = 4 * (p.step // 4)
+    assert seen[-1] == (total, total)
+    assert all(queued > told for told, queued in seen if told < total)
+    assert all(record["seconds"] > 0 for record in run.trainer.history)
+
+
+def test_a_stream_is_validated_in_a_graph(cupy: FakeCuPy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stretch by stretch, each from the state before: here three of them."""
+    monkeypatch.setattr(language_model, "EVALUATION_CHUNK", 3)
+    monkeypatch.setattr(language_model, "NUMBERS_ON_GPU", 3)
+    config = small(sampling="sequential", valid_fraction=0.2, epochs=3)
+    expected, run = trained(config), on_device(config)
+    run.trainer.run()
+    assert len(run.trainer._steps._queued_validation.means) == 3  # type: ignore[attr-defined]
+    for record, other in zip(run.trainer.history, expected.trainer.history, strict=True):
+        assert record["valid_loss"] == pytest.approx(other["valid_loss"], rel=1e-9)
 
 
 @pytest.mark.parametrize("layers", [1, 2])

@@ -212,6 +212,22 @@ def test_a_state_is_kept_unless_the_update_was_refused(refused: int) -> None:
     assert_same_bits("state", target, before if refused else source.reshape(-1))
 
 
+@pytest.mark.parametrize("N", [1, 256, 300, 1000])
+@pytest.mark.parametrize("value", [None, math.nan, math.inf, -math.inf])
+def test_a_number_that_is_not_finite_stops_what_follows(N: int, value: float | None) -> None:
+    numbers = draw(N, np.float64, 0)
+    for at in (0, N // 2, N - 1):
+        for before in (0, 1):
+            spoilt, counts = numbers.copy(), np.arange(10, 10 + Counts.SIZE)
+            counts[Counts.NEXT_STOPPED] = before
+            if value is not None:
+                spoilt[at] = value
+            expected = counts.copy()
+            expected[Counts.NEXT_STOPPED] = 1 if value is not None else before
+            update.stop_unless_finite(engine(at), spoilt, counts)
+            np.testing.assert_array_equal(counts, expected)
+
+
 SHAPES = {"W_xh": (3, 4), "W_hh": (4, 4), "b_h": (4,), "scalar": (1,)}
 
 

@@ -239,7 +239,7 @@ def _run(session: Session) -> int | None:
             note(f"{line}  {record['tokens_per_second']:,.0f} tokens/s")
 
         try:
-            return session.train(on_step, on_epoch)
+            return session.train(on_step, on_epoch, ahead=True)
         except TrainingDiverged as e:
             if isinstance(e.__cause__, SaveError):
                 note(f"could not save: {reason(e.__cause__)}")

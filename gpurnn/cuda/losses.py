@@ -13,7 +13,7 @@ from gpurnn.cuda.specs import REAL, KernelSpec
 from gpurnn.planning import dtype_name
 from gpurnn.tile import WARP, OneBlock, Softmax
 
-__all__ = ["cross_entropy", "negative_log_likelihood", "softmax_sizes"]
+__all__ = ["cross_entropy", "mean", "negative_log_likelihood", "softmax_sizes"]
 
 MOST_HELD = 8  # numbers of a row that a lane holds in registers
 ROWS_OF_BLOCK = 8  # where a warp has a row
@@ -52,7 +52,7 @@ def cross_entropy(
     smoothed = label_smoothing > 0
     dO = O if dO is None else dO
     with engine.here():
-        losses, mean = engine.xp.empty(N, real), engine.xp.empty(1, np.float64)
+        losses, mean_ = engine.xp.empty(N, real), engine.xp.empty(1, np.float64)
         targets = targets.astype(np.int32, copy=False)
         counts, rows = scalar(engine, 0, np.int64), N  # kernels add the two
         if ignore_index is not None:
@@ -62,9 +62,19 @@ def cross_entropy(
         sizes = softmax_sizes(q, smoothed=smoothed, biased=b_q is not None)
         smoothing = scalar(engine, label_smoothing, real)
         _softmax(engine, sizes, O, dO, targets, losses, b_q, smoothing, counts, ignore_index, rows)
-        spec = KernelSpec("loss_mean", ONE_BLOCK, "identity", real)
-        engine.launch(spec, *_one_block(N), (losses, counts, mean), [(rows,)])
-    return mean, dO
+        _mean(engine, losses, counts, rows, mean_)
+    return mean_, dO
+
+
+def mean(engine: Engine, losses: Array, out: Array) -> None:
+    """Write the mean of losses (N,), summed in float64, to out, float64 (1,)."""
+    with engine.here():
+        _mean(engine, losses, scalar(engine, 0, np.int64), len(losses), out)
+
+
+def _mean(engine: Engine, losses: Array, counts: Array, rows: int, out: Array) -> None:
+    spec = KernelSpec("loss_mean", ONE_BLOCK, "identity", dtype_name(losses.dtype))
+    engine.launch(spec, *_one_block(len(losses)), (losses, counts, out), [(rows,)])
 
 
 def negative_log_likelihood(

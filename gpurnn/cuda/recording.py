@@ -7,6 +7,7 @@ the pool is free to write to. The first time does what the capture will do, by t
 compiles and loads, and leaves in the pool what the capture then takes out of it.
 """
 
+import time
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
@@ -31,8 +32,17 @@ class Recorder(Protocol):
         What it allocates may be used until the next call, and by what is queued before that.
         """
 
+    def once(self, run: Callable[[], None]) -> None:
+        """Queue what ``run`` queues, which need not be the same another time."""
+
     def read(self, a: Array) -> Read:
         """Queue a copy to the host; the function that comes back waits for it and returns it."""
+
+    def mark(self) -> Any:
+        """Note the time at which all that was queued before is done."""
+
+    def between(self, first: Any, second: Any) -> float:
+        """Return the seconds between two marks, once what lies between has been waited for."""
 
     def settle(self) -> None:
         """Wait until all that was queued is done."""
@@ -49,6 +59,15 @@ class _Repeats:
 
     def again(self, key: Hashable, run: Callable[[], None]) -> None:
         run()
+
+    def once(self, run: Callable[[], None]) -> None:
+        run()
+
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def between(self, first: float, second: float) -> float:
+        return second - first
 
     def read(self, a: Array) -> Read:
         copied = np.array(a)
@@ -96,6 +115,19 @@ class _Graphs:
                 self._stream.end_capture()
             raise
         return self._stream.end_capture()
+
+    def once(self, run: Callable[[], None]) -> None:
+        with self._engine.here(), self._stream:
+            run()
+
+    def mark(self) -> Any:
+        with self._engine.here():
+            mark = cupy().cuda.Event()
+            mark.record(self._stream)
+        return mark
+
+    def between(self, first: Any, second: Any) -> float:
+        return float(cupy().cuda.get_elapsed_time(first, second)) / 1e3
 
     def read(self, a: Array) -> Read:
         with self._here():

@@ -50,6 +50,7 @@ ARGUMENTS: dict[str, tuple[int | str, ...]] = {
     "update_apply": (1, 1, 1, 1, *["doubles"] * 4, "counts", "doubles"),
     "take_batch": ("ids", "counts", 1, "counts", "ids", "ids", 1, "i", "i", "i"),
     "keep_state": (1, 1, "counts"),
+    "stop_unless_finite": ("doubles", "counts"),
     "scatter": ("ids", 1, 1, "i", "i", "i", "i", "i"),
     "scatter_parts": ("ids", 1, "r1", "i", "i", "i", "i", "i"),
     "scatter_parts_added": ("r1", 1, "i"),
@@ -87,6 +88,7 @@ Kind = Literal[
     "update_apply",
     "take_batch",
     "keep_state",
+    "stop_unless_finite",
     "scatter",
     "scatter_parts",
     "scatter_parts_added",
@@ -228,6 +230,8 @@ def build(spec: KernelSpec) -> Callable[..., None]:
             made = batch.take()
         case "keep_state":
             made = batch.keep()
+        case "stop_unless_finite":
+            made = batch.stop()
         case "scatter" | "scatter_parts":
             made = tokens.scatter(sizes, storage, partial=spec.kind == "scatter_parts")
         case "column_sums" | "column_parts":

@@ -10,7 +10,16 @@ from gpurnn.cuda.specs import KernelSpec, Kind
 from gpurnn.planning import dtype_name
 from gpurnn.slots import Updating
 
-__all__ = ["Flat", "Scalars", "keep_state", "norm", "partial_sums", "take_batch", "update"]
+__all__ = [
+    "Flat",
+    "Scalars",
+    "keep_state",
+    "norm",
+    "partial_sums",
+    "stop_unless_finite",
+    "take_batch",
+    "update",
+]
 
 THREADS = 256
 NUMBERS_A_BLOCK = 4 * THREADS  # of a parameter, that are worth a block
@@ -110,6 +119,16 @@ def keep_state(engine: Engine, source: Array, target: Array, counts: Array) -> N
         (-(-source.size // THREADS), 1, 1),
         (THREADS, 1, 1),
         (source.reshape(-1), target.reshape(-1), counts),
+    )
+
+
+def stop_unless_finite(engine: Engine, numbers: Array, counts: Array) -> None:
+    """Let no later step change anything if one of the numbers (N,), float64, is not finite."""
+    engine.launch(
+        KernelSpec("stop_unless_finite", None, "identity", "float32"),  # the same of any type
+        (1, 1, 1),
+        (THREADS, 1, 1),
+        (numbers, counts),
     )
 
 

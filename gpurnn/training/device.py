@@ -1,15 +1,17 @@
 """Updates of a model whose arrays lie on a GPU (or, emulated, as if they did).
 
-The text, the order of its batches, learning rates and truncation factors of an epoch are put on the
-device when it begins. A step finds by itself which batch it is, so all steps of one shape are the
-same work: the first is queued as it is, the second captured as a CUDA graph, and all further ones
-are launches of that graph. The host reads losses and norms of ``CHUNK`` steps at once, and queues
-the next so many before it waits for them.
+The text lies on the device, and so do, a row a batch, where batches begin, learning rates and
+truncation factors. A step finds by itself which batch it is, so all steps of one shape are the same
+work: the first is queued as it is, the second captured as a CUDA graph, and all further ones are
+launches of that graph; validation is another. The host reads losses and norms of ``CHUNK`` steps at
+once, and queues the next so many before it waits for them, those of the next epoch too.
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +24,12 @@ from gpurnn.cuda.optimizing import flat_size, views
 from gpurnn.cuda.recording import Read, recorder
 from gpurnn.language_model import LanguageModel
 from gpurnn.optimizers import Optimizer
-from gpurnn.slots import Counts, Rates, Record
-from gpurnn.training.steps import Plan, Refused, Update
+from gpurnn.slots import Counts, Record
+from gpurnn.training.device_validation import DeviceValidation
+from gpurnn.training.steps import Ended, Event, Plan, Refused, Spoilt, Update, validated
+from gpurnn.training.tables import Tables
+from gpurnn.training.validation import InBatches, Validation
+from gpurnn.validate import NonFiniteError
 
 __all__ = ["CHUNK", "DeviceSteps"]
 
@@ -34,6 +40,26 @@ CHUNK = 16
 finite, up to twice as many steps later."""
 
 
+class _Steps(NamedTuple):
+    """Steps whose records are on their way."""
+
+    plan: Plan
+    batches: range
+    record: Read
+    marks: tuple[Any, Any]  # before them and after them
+
+
+class _End(NamedTuple):
+    """The end of an epoch; ``means`` is on its way, or None where validation is not queued."""
+
+    params: Mapping[str, Array]
+    means: Read | None
+
+
+def _nothing_follows() -> None:
+    return None
+
+
 class DeviceSteps:
     """Makes updates on an engine; see ``steps.Steps``.
 
@@ -41,8 +67,12 @@ class DeviceSteps:
     that belong to them. ``optimizer`` says what is to be done and with which settings; its ``step``
     is not called.
 
+    A ``validation`` that is ``InBatches`` is queued; any other is called when all that was queued
+    before it is done, and nothing is queued behind it.
+
     Raises:
-        TypeError, ValueError: the sampler's text is none of ids of the model's vocabulary.
+        TypeError, ValueError: the sampler's text, or that of a validation in batches, is none of
+            ids of the model's vocabulary.
     """
 
     def __init__(
@@ -53,10 +83,11 @@ class DeviceSteps:
         optimizer: Optimizer,
         clip: float | None,
         seed: int,
+        validation: Validation | None,
     ) -> None:
         text = model.ids_beside(sampler.ids)
         self._engine, self._model, self._sampler = engine, model, sampler
-        self._optimizer, self._seed = optimizer, seed
+        self._optimizer, self._seed, self._validation = optimizer, seed, validation
         with engine.here():
             xp, dtype = engine.xp, model.rnn.dtype
             size = flat_size(model.params)
@@ -70,7 +101,6 @@ class DeviceSteps:
                 for parameter, view in views(getattr(self._flat, part), model.params).items():
                     view[...] = optimizer.state[f"{part}.{parameter}"]
                     optimizer.state[f"{part}.{parameter}"] = view
-            self._adopt()
             self._partials = xp.zeros(update.partial_sums(size), np.float64)
             self._settings = xp.array(optimizing.settings_array(optimizer.settings, clip))
             self._counts = xp.zeros(Counts.SIZE, np.int64)
@@ -79,13 +109,21 @@ class DeviceSteps:
             self._hidden = xp.zeros((model.rnn.num_layers, n, model.rnn.hidden_size), dtype)
         self._carried = False
         self._recorder = recorder(engine)
-        self._tables: dict[str, Array] = {}
+        self._adopt()
+        self._queued_validation: DeviceValidation | None = None
+        if isinstance(validation, InBatches):
+            self._queued_validation = DeviceValidation(engine, model, validation)
+        self._tables: Tables | None = None
         self._buffers: dict[int, tuple[Array, Array, Array]] = {}
-        self._plan: Plan | None = None
-        self._begun = 0  # steps of the plan that have been queued
+        self._following: Callable[[], Plan | None] = _nothing_follows
+        self._plan: Plan | None = None  # the last one that was set out on
+        self._begun = 0  # steps of it that have been queued
         self._unread = 0  # of these, the last ones whose record is not on its way
-        self._waiting: list[tuple[range, Read]] = []  # batches, their records
-        self._refused: str | None = None
+        self._since: Any = None  # a mark before them
+        self._at_end = False  # whether what comes after the last step has been queued
+        self._made_before = 0  # updates of the optimizer, less those of the run
+        self._waiting: deque[_Steps | _End] = deque()
+        self._refused: Callable[[], NonFiniteError] | None = None
         self._fault: RuntimeError | None = None
 
     @property
@@ -107,44 +145,48 @@ class DeviceSteps:
                 self._hidden[...] = self._engine.xp.array(state.reshape(self._hidden.shape))
             self._engine.settle()
 
-    def begin(self, plan: Plan) -> None:
+    def begin(self, plan: Plan, following: Callable[[], Plan | None]) -> None:
         """See ``steps.Steps``."""
-        assert not self._waiting, "the updates before have not been finished"
         self._recorder.settle()
-        self._plan, self._begun, self._unread = None, 0, 0  # until the device knows of it
+        self._plan, self._following = None, following  # until the device knows of it
+        self._waiting.clear()
         self._refused, self._fault = None, None
-        batches, first = plan.batches, plan.first
-        updates = plan.update + np.arange(len(batches) - first)
-        rates = np.ones((len(batches), Rates.SIZE))
-        made = self._updates()
-        for i, number in enumerate(updates):
-            rates[first + i] = self._optimizer.rates(plan.lr(int(number)), made + i + 1)
-        xi = np.zeros(0, self._model.rnn.dtype)
-        factors = plan.xi(updates)
-        if factors is not None:
-            unused = np.zeros((first, self._sampler.T), self._model.rnn.dtype)
-            xi = np.concatenate([unused, factors])
-        starts = [batches.starts(b) for b in range(len(batches))]
-        counts = np.zeros(Counts.SIZE, np.int64)
-        counts[Counts.NEXT_BATCH] = first
-        counts[Counts.FIRST_UPDATE] = plan.update - first
-        with self._engine.here():
-            self._adopt()
-            self._put("rates", rates.reshape(-1))
-            self._put("starts", np.concatenate(starts).astype(np.int64))
-            self._put("factors", xi.reshape(-1))
-            self._put("record", np.zeros(len(batches) * Record.SIZE))
-            self._counts[...] = self._engine.xp.array(counts)
-            self._engine.settle()
-        self._plan = plan
+        made = self._optimizer.state.get("updates")
+        self._made_before = 0 if made is None else int(made[0]) - plan.update
+        if self._tables is None:
+            truncated = plan.xi(np.zeros(0, np.int64)) is not None
+            dtype = self._model.rnn.dtype
+            self._tables = Tables(self._engine, self._sampler, dtype, truncated=truncated)
+        self._recorder.once(lambda: self._counts.fill(0))
+        self._set_out(plan)
 
-    def advance(self) -> list[Update]:
+    def _set_out(self, plan: Plan) -> None:
+        """Let the coming steps be those of a plan."""
+        tables = self._existing_tables()
+        self._adopt()
+        if not tables.holds(len(plan.batches)):
+            self._recorder.settle()
+            tables.grow(len(plan.batches))
+            self._recorder = recorder(self._engine)  # graphs have the old addresses in them
+        places = np.array([plan.first, plan.update - plan.first], np.int64)
+
+        def begin() -> None:
+            if plan.first == 0:
+                self._hidden.fill(0)
+            self._counts[Counts.NEXT_BATCH :] = self._engine.xp.array(places)
+
+        self._recorder.once(begin)
+        self._plan, self._begun, self._unread, self._at_end = plan, 0, 0, False
+
+    def advance(self) -> list[Update] | list[Ended]:
         """See ``steps.Steps``."""
-        while len(self._waiting) < 2 and self._queue_chunk():
+        while self._chunks_waiting() < 2 and self._queue_more():
             pass
-        made = self._collect()
-        if made:
-            return made
+        if self._waiting and self._refused is None and self._fault is None:
+            first = self._waiting[0]
+            told = self._steps_made(first) if isinstance(first, _Steps) else self._ended(first)
+            if told:
+                return told
         if self._waiting:
             self._recorder.settle()  # what is dropped may still be written to
             self._waiting.clear()
@@ -152,22 +194,30 @@ class DeviceSteps:
             fault, self._fault = self._fault, None
             raise fault
         if self._refused is not None:
-            raise Refused(self._refused)
+            raise self._refused()
         return []
 
-    def finish(self) -> list[Update]:
+    def finish(self) -> list[Event]:
         """See ``steps.Steps``; what was refused is told by the next ``advance``."""
         self._recorder.settle()
         if self._plan is not None:  # who was interrupted may have queued more than was noted
-            queued = int(self._engine.fetched(self._counts)[Counts.NEXT_BATCH]) - self._plan.first
-            self._unread += max(0, queued - self._begun)
-            self._begun = max(self._begun, queued)
+            counts = self._engine.fetched(self._counts)
+            upcoming = int(counts[Counts.FIRST_UPDATE] + counts[Counts.NEXT_BATCH])
+            more = max(0, upcoming - self._plan.update - self._begun)
+            self._begun, self._unread = self._begun + more, self._unread + more
         self._read()
-        made = []
+        told: list[Event] = []
         while self._waiting and self._refused is None:
-            made += self._collect()
-        self._waiting.clear()
-        return made
+            first = self._waiting[0]
+            if isinstance(first, _Steps):
+                told += self._steps_made(first)
+            elif first.means is None and self._validation is not None:
+                break
+            else:
+                told += self._ended(first)
+        if self._refused is not None:
+            self._waiting.clear()
+        return told
 
     def state(self) -> dict[str, Floats]:
         """See ``steps.Steps``."""
@@ -181,93 +231,134 @@ class DeviceSteps:
                 a[...] = beside(state[name], a)
             self._engine.settle()
 
-    def _updates(self) -> int:
-        """Return how many updates the optimizer has made, if it counts them."""
-        made = self._optimizer.state.get("updates")
-        return 0 if made is None else int(made[0])
-
     def _adopt(self) -> None:
         """Take the model's parameters in, where they are not the views already."""
         params = self._model.params
         if any(params[name] is not view for name, view in self._theta.items()):
-            for name, view in self._theta.items():
-                view[...] = beside(params[name], view)
+            self._recorder.settle()
+            with self._engine.here():
+                for name, view in self._theta.items():
+                    view[...] = beside(params[name], view)
+                self._engine.settle()
             self._model.use_params(self._theta)
 
-    def _put(self, name: str, a: NDArray[Any]) -> None:
-        """Put a table of the epoch on the device, where the one of the last epoch was if it fits.
+    def _existing_tables(self) -> Tables:
+        assert self._tables is not None, "no epoch has begun"
+        return self._tables
 
-        A graph has its address in it: a table that has to move takes the graphs along.
-        """
-        there = self._tables.get(name)
-        if there is None or there.size < a.size or bool(there.size) != bool(a.size):
-            self._tables[name] = self._engine.xp.zeros(a.size, a.dtype)
-            if there is not None:
-                self._recorder = recorder(self._engine)
-        self._tables[name][: a.size] = self._engine.xp.array(a)
+    def _chunks_waiting(self) -> int:
+        return sum(isinstance(item, _Steps) for item in self._waiting)
 
-    def _queue_chunk(self) -> bool:
-        """Queue some steps and the copy of their records; return whether there were any left."""
-        plan = self._plan
-        if plan is None or self._refused is not None or self._fault is not None:
+    def _queue_more(self) -> bool:
+        """Queue some steps, or the end of an epoch with them; return whether there were any."""
+        if self._plan is None or self._refused is not None or self._fault is not None:
             return False
-        last = min(plan.first + self._begun + CHUNK, len(plan.batches))
-        for b in range(plan.first + self._begun, last):
+        if self._at_end:
+            waits = self._queued_validation is None and self._validation is not None
+            if waits and self._waiting:
+                return False
+            following = self._following()
+            if following is None:
+                return False
+            self._set_out(following)
+        self._queue_chunk(self._plan)
+        if self._plan.first + self._begun == len(self._plan.batches):
+            self._queue_end()
+        return True
+
+    def _queue_chunk(self, plan: Plan) -> None:
+        """Queue up to ``CHUNK`` steps, and the copy of their records."""
+        first = plan.first + self._begun
+        batches = range(first, min(first + CHUNK, len(plan.batches)))
+        if not batches:
+            return
+        tables = self._existing_tables()
+        self._since = self._recorder.mark()
+        self._recorder.once(lambda: tables.write(plan, batches, partial(self._rates, plan)))
+        for b in batches:
             n = len(plan.batches.starts(b))
             self._recorder.again(n, lambda n=n: self._step(n))  # type: ignore[misc]
             self._begun, self._unread = self._begun + 1, self._unread + 1
-        return self._read()
+        self._read()
 
-    def _read(self) -> bool:
-        """Queue a copy of the records that no copy was queued of; return whether there were any."""
+    def _rates(self, plan: Plan, update: int) -> tuple[float, ...]:
+        return self._optimizer.rates(plan.lr(update), self._made_before + update + 1)
+
+    def _read(self) -> None:
+        """Queue a copy of the records that no copy was queued of."""
         if self._plan is None or not self._unread:
-            return False
+            return
         last = self._plan.first + self._begun
         batches = range(last - self._unread, last)
-        part = self._tables["record"][batches.start * Record.SIZE : last * Record.SIZE]
-        self._waiting.append((batches, self._recorder.read(part)))
+        marks = self._since, self._recorder.mark()
+        record = self._recorder.read(self._existing_tables().noted(batches))
+        self._waiting.append(_Steps(self._plan, batches, record, marks))
         self._unread = 0
-        return True
 
-    def _collect(self) -> list[Update]:
-        """Wait for the records that were asked for first; return their updates, up to a refusal."""
-        if self._plan is None or not self._waiting or self._refused is not None:
-            return []
-        batches, read = self._waiting[0]
-        record = read().reshape(-1, Record.SIZE)  # an interruption here leaves all as it was
-        self._waiting.pop(0)
-        made = []
-        for b, row in zip(batches, record, strict=True):
+    def _queue_end(self) -> None:
+        """Queue validation, and copies of what it finds and of the parameters."""
+        means, validation = None, self._queued_validation
+        if validation is not None:
+            queue = partial(validation.queue, self._model, self._counts)
+            self._recorder.again("validation", queue)
+            means = self._recorder.read(validation.means)
+        kept: list[Array] = []
+        self._recorder.once(lambda: kept.append(self._flat.theta.copy()))
+        self._waiting.append(_End(views(kept[0], self._model.params), means))
+        self._at_end = True
+
+    def _steps_made(self, item: _Steps) -> list[Update]:
+        """Wait for the records of steps; return their updates, up to one that was refused."""
+        record = item.record().reshape(-1, Record.SIZE)  # interrupted here, all is as it was
+        seconds = self._recorder.between(*item.marks) / len(item.batches)
+        made, refused, fault = [], None, None
+        for b, row in zip(item.batches, record, strict=True):
             loss, norm = float(row[Record.LOSS]), float(row[Record.NORM])
             if row[Record.STOPPED]:
-                self._refused = f"the loss is {loss}, the gradient's norm {norm}"
+                what = f"the loss is {loss}, the gradient's norm {norm}"
                 if math.isfinite(loss) and math.isfinite(norm):
-                    self._refused += ", and a parameter would overflow"
+                    what += ", and a parameter would overflow"
+                refused = partial(Refused, what)
                 break
-            rows = len(self._plan.batches.starts(b))
-            made.append(Update(loss, norm, rows * self._sampler.T))
-        self._carried = self._sampler.carries_state and (self._carried or bool(made))
-        if "updates" in self._optimizer.state:
-            self._optimizer.state["updates"] += len(made)
+            rows = len(item.plan.batches.starts(b))
+            made.append(Update(loss, norm, rows * self._sampler.T, seconds))
         try:
             self._engine.check_reports()
         except RuntimeError as e:  # what was made before is told first
-            self._fault = e
+            fault = e
+        self._waiting.popleft()
+        self._refused, self._fault = refused, fault
+        before = self._carried and item.batches.start > 0
+        self._carried = self._sampler.carries_state and (before or bool(made))
+        if "updates" in self._optimizer.state:
+            self._optimizer.state["updates"] += len(made)
         return made
+
+    def _ended(self, item: _End) -> list[Ended]:
+        """Return that an epoch has ended, or nothing where validation found what is not finite."""
+        if item.means is None:
+            self._recorder.settle()
+            valid = validated(self._validation, self._model)
+        else:
+            assert self._queued_validation is not None
+            valid = self._queued_validation.losses(item.means())
+            if not math.isfinite(valid.mean):
+                self._refused = partial(Spoilt, f"in validation, the loss is {valid.mean}")
+                return []
+        self._waiting.popleft()
+        return [Ended(valid, item.params)]
 
     def _step(self, n: int) -> None:
         """Queue one training step of n rows: nothing here may depend on which step it is."""
-        engine, model, tables = self._engine, self._model, self._tables
+        engine, model, tables = self._engine, self._model, self._existing_tables()
         with engine.here():
             X, Y, xi = self._batch_buffers(n)
-            scalars = update.Scalars(
-                tables["rates"], self._settings, self._counts, tables["record"]
-            )
+            scalars = update.Scalars(tables.rates, self._settings, self._counts, tables.record)
             update.take_batch(
                 engine,
                 self._text,
-                tables["starts"],
-                tables["factors"],
+                tables.starts,
+                tables.factors,
                 self._counts,
                 X,
                 Y,
@@ -282,7 +373,7 @@ class DeviceSteps:
                 X,
                 Y,
                 hidden,
-                xi=xi if tables["factors"].size else None,
+                xi=xi if tables.factors.size else None,
                 noise=(self._seed, self._counts[Counts.UPDATE : Counts.UPDATE + 1]),
                 check_ids=False,
                 out=self._grads,

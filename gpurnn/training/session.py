@@ -85,13 +85,16 @@ class Session:
     def train(
         self,
         on_step: Callable[[], None] = lambda: None,
-        on_epoch: Callable[[dict[str, Any]], None] = lambda record: None,
+        on_epoch: Callable[[dict[str, Any]], None] | None = None,
+        *,
+        ahead: bool | None = None,
     ) -> int | None:
         """Train to the end or to an interrupt; then the model holds the best parameters.
 
         Args:
             on_step: called after every update.
             on_epoch: called after every epoch with its record.
+            ahead: see ``Trainer.run``.
 
         Returns:
             None when the run is finished and its files are complete; the number of the signal
@@ -116,7 +119,7 @@ class Session:
                 return interrupts.signal is None
 
             try:
-                finished = trainer.run(after_step, on_epoch)
+                finished = trainer.run(after_step, on_epoch, ahead=ahead)
             except SaveError:
                 raise
             except (TrainingDiverged, OSError) as e:  # OSError: nobody to tell the progress to

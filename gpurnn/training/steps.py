@@ -1,18 +1,31 @@
 """Updates of a model, one batch after another, on NumPy; what training needs to know of any."""
 
 import math
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpurnn.batches import Epoch
+from gpurnn.cuda.arrays import copied
 from gpurnn.language_model import LanguageModel
 from gpurnn.optimizers import Optimizer, clip_global_norm
+from gpurnn.training.validation import Losses, Validation
 from gpurnn.validate import NonFiniteError
 
-__all__ = ["HostSteps", "Plan", "Refused", "Steps", "Update"]
+__all__ = [
+    "Ended",
+    "Event",
+    "HostSteps",
+    "Plan",
+    "Refused",
+    "Spoilt",
+    "Steps",
+    "Update",
+    "validated",
+]
 
 Floats = NDArray[Any]
 
@@ -23,10 +36,25 @@ class Update(NamedTuple):
     loss: float
     norm: float
     tokens: int
+    seconds: float
+
+
+class Ended(NamedTuple):
+    """An epoch has ended: what validation found, and a copy of the parameters."""
+
+    valid: Losses | None
+    params: Mapping[str, Floats]
+
+
+Event = Update | Ended
 
 
 class Refused(NonFiniteError):
     """An update was not made, as something in it is not finite."""
+
+
+class Spoilt(NonFiniteError):
+    """Validation at the end of an epoch found something that is not finite."""
 
 
 class Plan(NamedTuple):
@@ -45,27 +73,34 @@ class Plan(NamedTuple):
 
 
 class Steps(Protocol):
-    """Makes the updates of an epoch, in order."""
+    """Makes the updates of epochs, in order, and validates after each."""
 
     hidden: Floats | None
-    """The state carried to the next batch, on the host; None is zeros."""
+    """The state carried to the next batch, on the host; None is zeros, as before a first batch."""
 
-    def begin(self, plan: Plan) -> None:
-        """Set out on what is left of an epoch."""
+    def begin(self, plan: Plan, following: Callable[[], Plan | None]) -> None:
+        """Set out on what is left of an epoch.
 
-    def advance(self) -> list[Update]:
-        """Go on; return updates that have been made since, none only where none is left.
-
-        Raises:
-            Refused: an update could not be made, and is as if it had not been tried. Those before
-                it come first: they are returned, and the next call raises.
+        ``following`` gives the whole epoch after the last that was given, or None if it is not
+        certain yet that there will be one; it may be asked before the last has ended.
         """
 
-    def finish(self) -> list[Update]:
-        """Return those that were begun and not yet returned; then nothing goes on by itself.
+    def advance(self) -> Sequence[Event]:
+        """Go on; return updates that have been made since, or that an epoch has ended.
 
-        It may be called at any time, after an exception too. That one was refused is for
-        ``advance`` to say.
+        One or the other; nothing only where there is nothing left.
+
+        Raises:
+            Refused: an update could not be made, and is as if it had not been tried. What was
+                before it comes first, and the next call raises.
+            Spoilt: as validation found what is not finite, no further update was made.
+        """
+
+    def finish(self) -> Sequence[Event]:
+        """Return what was begun and not yet returned; then nothing goes on by itself.
+
+        It may be called at any time, after an exception too. That something was refused is for
+        ``advance`` to say, and what can only be validated while nothing else goes on is left to it.
         """
 
     def state(self) -> dict[str, Floats]:
@@ -73,6 +108,23 @@ class Steps(Protocol):
 
     def load_state(self, state: Mapping[str, Floats]) -> None:
         """Take it up again; names, shapes and dtypes are those of ``state``."""
+
+
+def validated(validation: Validation | None, model: LanguageModel) -> Losses | None:
+    """Return what validation finds.
+
+    Raises:
+        Spoilt: it is not finite.
+    """
+    if validation is None:
+        return None
+    try:
+        valid = validation(model)
+    except NonFiniteError as e:
+        raise Spoilt(f"in validation, {e}") from e
+    if not math.isfinite(valid.mean):
+        raise Spoilt(f"in validation, the loss is {valid.mean}")
+    return valid
 
 
 class HostSteps:
@@ -84,24 +136,43 @@ class HostSteps:
         optimizer: Optimizer,
         clip: float | None,
         seed: int,
+        validation: Validation | None,
         *,
         carries_state: bool,
     ) -> None:
         self.hidden: Floats | None = None
         self._model, self._optimizer, self._clip = model, optimizer, clip
         self._seed, self._carries_state = seed, carries_state
+        self._validation = validation
         self._plan: Plan | None = None
+        self._following: Callable[[], Plan | None] = lambda: None
         self._done = 0
 
-    def begin(self, plan: Plan) -> None:
+    def begin(self, plan: Plan, following: Callable[[], Plan | None]) -> None:
         """See ``Steps``."""
-        self._plan, self._done = plan, 0
+        self._following = following
+        self._set_out(plan)
 
-    def advance(self) -> list[Update]:
+    def _set_out(self, plan: Plan | None) -> None:
+        self._plan, self._done = plan, 0
+        if plan is not None and plan.first == 0:
+            self.hidden = None
+
+    def advance(self) -> list[Update] | list[Ended]:
         """See ``Steps``."""
-        plan, done = self._plan, self._done
-        if plan is None or plan.first + done >= len(plan.batches):
+        if self._plan is None:
+            self._set_out(self._following())
+        plan = self._plan
+        if plan is None:
             return []
+        if plan.first + self._done < len(plan.batches):
+            return [self._step(plan, self._done)]
+        valid = validated(self._validation, self._model)
+        self._plan = None
+        return [Ended(valid, {name: copied(a) for name, a in self._model.params.items()})]
+
+    def _step(self, plan: Plan, done: int) -> Update:
+        started = time.perf_counter()
         X, Y = plan.batches[plan.first + done]
         update = plan.update + done
         factors = plan.xi(np.array([update]))
@@ -119,9 +190,9 @@ class HostSteps:
         if self._carries_state:
             self.hidden = hidden
         self._done += 1
-        return [Update(loss, norm, Y.size)]
+        return Update(loss, norm, Y.size, time.perf_counter() - started)
 
-    def finish(self) -> list[Update]:
+    def finish(self) -> list[Event]:
         """See ``Steps``."""
         return []
 

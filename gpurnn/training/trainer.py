@@ -1,9 +1,8 @@
 """The training loop, and its whole state as something that can be saved and taken up again."""
 
 import copy
-import math
-import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpurnn import checkpoint, philox
-from gpurnn.batches import Epoch, Sampler
-from gpurnn.cuda.arrays import beside, copied, engine_of, home_of, on_host
+from gpurnn.batches import Sampler
+from gpurnn.cuda.arrays import beside, engine_of, home_of, on_host
 from gpurnn.language_model import LanguageModel
 from gpurnn.optimizers import make_optimizer, scheduled
 from gpurnn.training.config import TrainingConfig
 from gpurnn.training.device import DeviceSteps
-from gpurnn.training.steps import HostSteps, Plan, Steps, Update
+from gpurnn.training.steps import Ended, Event, HostSteps, Plan, Spoilt, Steps, Update
 from gpurnn.training.validation import Losses, Validation
 from gpurnn.validate import NonFiniteError
 
@@ -89,10 +88,15 @@ class Trainer:
         batches, noise = np.random.SeedSequence(config.seed).spawn(2)
         self._batch_rng = np.random.Generator(np.random.PCG64(batches))
         self._noise = int(noise.generate_state(1, np.uint64)[0])  # seed of what has no state
-        self._epoch_rng_state = self._batch_rng.bit_generator.state  # before the epoch's draw
-        self._steps = self._make_steps()
-        self._best: dict[str, Floats] = {}
+        # before the draw of the current epoch, and of those after it that have been planned or are
+        # to be next
+        self._rng_states = deque([self._batch_rng.bit_generator.state])
+        self._planned = 0  # updates up to the end of the last planned epoch
+        self._ahead = False
+        self._untold: deque[Record] = deque()  # of epochs that have ended
+        self._best: Mapping[str, Floats] = {}
         self.progress = _Progress()
+        self._steps = self._make_steps()
 
     def _make_steps(self) -> Steps:
         engine = engine_of(self.model.params["W_hq"])
@@ -102,6 +106,7 @@ class Trainer:
                 self.optimizer,
                 self.config.clip,
                 self._noise,
+                self.validation,
                 carries_state=self.sampler.carries_state,
             )
         return DeviceSteps(
@@ -111,6 +116,7 @@ class Trainer:
             self.optimizer,
             self.config.clip,
             self._noise,
+            self.validation,
         )
 
     @property
@@ -136,7 +142,9 @@ class Trainer:
     def run(
         self,
         on_step: Callable[[], bool] = lambda: True,
-        on_epoch: Callable[[Record], None] = lambda record: None,
+        on_epoch: Callable[[Record], None] | None = None,
+        *,
+        ahead: bool | None = None,
     ) -> bool:
         """Train until finished.
 
@@ -145,6 +153,9 @@ class Trainer:
                 is called when the results of some updates have come, while the next ones run: what
                 the model's parameters are then is not said, ``contents`` waits and knows.
             on_epoch: called after every epoch with its record.
+            ahead: whether a GPU may go on with the next epoch before ``on_epoch`` has been called.
+                What the model's parameters are then is not said either, only ``best``; but the GPU
+                does not wait for the host. None is where there is no ``on_epoch`` to look at them.
 
         Returns:
             Whether the run is finished (False: paused; ``run`` again goes on).
@@ -154,54 +165,70 @@ class Trainer:
                 the update that would have spoilt them.
         """
         p = self.progress
-        self._made(self._steps.finish)  # what an exception of on_step, or Ctrl-C, has left
-        while not self.finished:
-            started = time.perf_counter()
-            if p.batch == 0:
-                self._epoch_rng_state = self._batch_rng.bit_generator.state
-                self._steps.hidden = None
-            else:  # in the middle of an epoch: draw it again
-                self._batch_rng.bit_generator.state = self._epoch_rng_state
-            batches = self.sampler.epoch(self._batch_rng)
-            self._steps.begin(self._plan(batches))
-            while self._made(self._steps.advance):
-                now = time.perf_counter()
-                p.epoch_seconds += now - started
-                started = now
-                if not on_step():
-                    started = time.perf_counter()
-                    self._made(self._steps.finish)
-                    p.epoch_seconds += time.perf_counter() - started
-                    return False
-                started = time.perf_counter()  # what on_step did is not training
-            on_epoch(self._end_epoch())
+        self._ahead = on_epoch is None if ahead is None else ahead
+        self._count(self._steps.finish)  # what an exception of on_step, or Ctrl-C, has left
+        self._tell(on_epoch)
+        if self.finished:
+            return True
+        while len(self._rng_states) > 1:  # planned, and not begun
+            self._rng_states.pop()
+        self._steps.begin(self._plan(p.batch, p.step), self._following)
+        while events := self._count(self._steps.advance):
+            if isinstance(events[0], Update) and not on_step():
+                self._count(self._steps.finish)
+                self._tell(on_epoch)
+                return self.finished
+            self._tell(on_epoch)
         return True
 
-    def _plan(self, batches: Epoch) -> Plan:
-        p = self.progress
+    def _tell(self, on_epoch: Callable[[Record], None] | None) -> None:
+        while self._untold:
+            record = self._untold.popleft()
+            if on_epoch is not None:
+                on_epoch(record)
+
+    def _following(self) -> Plan | None:
+        """Plan the epoch after the last planned one, if there will certainly be one."""
+        p, patience = self.progress, self.config.patience
+        running = len(self._rng_states) - 1
+        before = p.epoch + running
+        if (running and not self._ahead) or before >= self.config.epochs:
+            return None
+        if patience is not None and before - p.best_epoch >= patience:
+            return None
+        return self._plan(0, self._planned)
+
+    def _plan(self, first: int, update: int) -> Plan:
+        """Draw an epoch, of which batch ``first`` is to be update number ``update``."""
+        rng = self._batch_rng
+        rng.bit_generator.state = self._rng_states[-1]
+        batches = self.sampler.epoch(rng)
+        self._rng_states.append(rng.bit_generator.state)
+        self._planned = update + len(batches) - first
         total = max(self.config.epochs * len(batches), 1)
-        return Plan(
-            batches, p.batch, p.step, lambda update: self._lr(update, total), self._truncation
-        )
+        return Plan(batches, first, update, lambda i: self._lr(i, total), self._truncation)
 
-    def _made(self, steps: Callable[[], list[Update]]) -> list[Update]:
-        """Count the updates that ``steps`` says have been made."""
-        try:
-            made = steps()
-        except NonFiniteError as e:
-            raise self._diverged(self.progress.step + 1, str(e)) from e
-        self._count(made)
-        return made
-
-    def _count(self, made: list[Update]) -> None:
+    def _count(self, steps: Callable[[], Sequence[Event]]) -> Sequence[Event]:
+        """Count what ``steps`` says has happened."""
         p = self.progress
-        for loss, norm, tokens in made:
+        try:
+            events = steps()
+        except Spoilt as e:
+            raise self._diverged(p.step, str(e)) from e
+        except NonFiniteError as e:
+            raise self._diverged(p.step + 1, str(e)) from e
+        for event in events:
+            if isinstance(event, Ended):
+                self._end_epoch(event)
+                continue
             p.batch += 1
             p.step += 1
-            p.losses.append(loss)
-            p.tokens.append(tokens)
-            p.epoch_tokens += tokens
-            p.largest_norm = max(p.largest_norm, norm)
+            p.losses.append(event.loss)
+            p.tokens.append(event.tokens)
+            p.epoch_tokens += event.tokens
+            p.epoch_seconds += event.seconds
+            p.largest_norm = max(p.largest_norm, event.norm)
+        return events
 
     def _lr(self, step: int, total: int) -> float:
         """The learning rate of one of ``total`` updates."""
@@ -235,16 +262,8 @@ class Trainer:
             f"Try {', '.join(advice)}"
         )
 
-    def _end_epoch(self) -> Record:
-        p = self.progress
-        valid = None
-        if self.validation is not None:
-            try:
-                valid = self.validation(self.model)
-            except NonFiniteError as e:
-                raise self._diverged(p.step, f"in validation, {e}") from e
-            if not math.isfinite(valid.mean):
-                raise self._diverged(p.step, f"in validation, the loss is {valid.mean}")
+    def _end_epoch(self, ended: Ended) -> None:
+        p, valid = self.progress, ended.valid
         train = Losses(tuple(p.losses), tuple(p.tokens))
         p.epoch += 1
         p.seconds += p.epoch_seconds
@@ -265,11 +284,12 @@ class Trainer:
         elif p.best_loss is None or valid.mean < p.best_loss:
             p.best_loss, p.best_epoch = valid.mean, p.epoch
         if p.best_epoch == p.epoch:
-            self._best = {name: copied(a) for name, a in self.model.params.items()}
+            self._best = ended.params
         p.history.append(record)
+        self._untold.append(record)
+        self._rng_states.popleft()
         p.batch, p.losses, p.tokens = 0, [], []
         p.largest_norm, p.epoch_seconds, p.epoch_tokens = 0.0, 0.0, 0
-        return record
 
     def keep_best(self) -> None:
         """Copy the best parameters into the model: after the run, not to be trained further."""
@@ -280,7 +300,7 @@ class Trainer:
 
     def contents(self) -> checkpoint.Contents:
         """Return a copy of the whole state of the run, to be written to a file."""
-        self._made(self._steps.finish)
+        self._count(self._steps.finish)
         arrays: dict[str, Floats] = {f"model.{k}": on_host(a) for k, a in self.model.params.items()}
         arrays |= {f"best.{k}": on_host(a) for k, a in self._best.items()}
         arrays |= {f"optimizer.{k}": a for k, a in self._steps.state().items()}
@@ -292,10 +312,7 @@ class Trainer:
             "model": self.model.config(),
             "sampler": self.sampler.config(),
             "progress": copy.deepcopy(vars(self.progress)),
-            "random": {
-                "epoch": self._epoch_rng_state,
-                "batches": self._batch_rng.bit_generator.state,
-            },
+            "random": {"batches": self._rng_states[0]},
         }
         return checkpoint.Contents("training", {k: a.copy() for k, a in arrays.items()}, document)
 
@@ -336,8 +353,11 @@ class Trainer:
         if not fits:
             raise checkpoint.CheckpointError("the checkpoint's arrays do not fit this run")
         random = document["random"]
-        self._batch_rng.bit_generator.state = random["batches"]
-        self._epoch_rng_state = random["epoch"]
+        # older files call this "epoch", and have under "batches" the state after the draw
+        drawn = progress.batch and "epoch" in random
+        self._batch_rng.bit_generator.state = random["epoch" if drawn else "batches"]
+        self._rng_states = deque([self._batch_rng.bit_generator.state])
+        self._untold.clear()
         self.model.load_params(params)
         self._steps.load_state(state)
         self._best, self._steps.hidden = best, hidden

@@ -1,7 +1,8 @@
 """Two ways of measuring a model on text it was not trained on."""
 
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +11,9 @@ from gpurnn import loss
 from gpurnn.batches import Windows
 from gpurnn.language_model import LanguageModel
 
-__all__ = ["Losses", "StreamValidation", "Validation", "WindowValidation"]
+__all__ = ["InBatches", "Losses", "StreamValidation", "Validation", "WindowValidation"]
+
+Batch = tuple[NDArray[Any], NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -50,16 +53,43 @@ class Validation(Protocol):
         """Return what the history is to hold of them."""
 
 
+@runtime_checkable
+class InBatches(Validation, Protocol):
+    """A validation that is told by the mean losses of batches, the same each time.
+
+    On a GPU it is queued like a training step, and training does not stop for it.
+    """
+
+    @property
+    def carries_state(self) -> bool:
+        """Whether a batch begins with the state that the one before has ended with."""
+
+    def batches(self, model: LanguageModel) -> Iterable[Batch]:
+        """Return the batches (X, Y) of ids, in the host's memory."""
+
+    def losses(self, means: Sequence[float], tokens: Sequence[int]) -> Losses:
+        """Return the losses, given the mean and the number of targets of each batch."""
+
+
 @dataclass(frozen=True)
 class StreamValidation:
     """The text as one stream, the state carried from its first token to its last."""
 
     ids: NDArray[Any]
+    carries_state = True
 
     def __call__(self, model: LanguageModel) -> Losses:
         """Return the mean loss of the whole stream."""
         found = model.evaluate_ids(self.ids)
         return Losses((found.nats / found.tokens,), (found.tokens,))
+
+    def batches(self, model: LanguageModel) -> Iterable[Batch]:
+        """Return the stream, a stretch at a time."""
+        return model.stretches(self.ids)
+
+    def losses(self, means: Sequence[float], tokens: Sequence[int]) -> Losses:
+        """Return the mean loss of the whole stream."""
+        return Losses((Losses(tuple(means), tuple(tokens)).mean,), (sum(tokens),))
 
     def record(self, losses: Losses) -> dict[str, float | None]:
         """Return loss and perplexity; a stream has no batches for the book's figure."""
@@ -71,21 +101,19 @@ class WindowValidation:
     """Batches of windows in a fixed order, each from a zero state (the book's way)."""
 
     windows: Windows
-    _kept: dict[tuple[str, int], list[tuple[NDArray[Any], NDArray[Any]]]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
+    carries_state = False
 
     def __call__(self, model: LanguageModel) -> Losses:
-        """Return the losses batch by batch; batches that were put on a GPU stay there."""
-        batches = self.windows.epoch(np.random.default_rng(0))
-        if model.device == "cpu":
-            return Losses(*model.batch_losses(batches))
-        key = model.device, len(model.vocabulary)
-        if key not in self._kept:
-            there = [(model.ids_beside(X), model.ids_beside(Y)) for X, Y in batches]
-            self._kept.clear()
-            self._kept[key] = there
-        return Losses(*model.batch_losses(self._kept[key], check_ids=False))
+        """Return the losses batch by batch."""
+        return Losses(*model.batch_losses(self.batches(model)))
+
+    def batches(self, model: LanguageModel) -> Iterable[Batch]:
+        """Return the windows, a batch at a time."""
+        return self.windows.epoch(np.random.default_rng(0))
+
+    def losses(self, means: Sequence[float], tokens: Sequence[int]) -> Losses:
+        """Return the losses batch by batch."""
+        return Losses(tuple(means), tuple(tokens))
 
     def record(self, losses: Losses) -> dict[str, float | None]:
         """Return loss, perplexity and the book's figure."""

@@ -75,7 +75,7 @@ def first_losses(run: Run) -> list[float]:
         found[:] = trainer.progress.losses
         return len(found) < UPDATES
 
-    trainer.run(on_step)
+    trainer.run(on_step, ahead=False)
     return found
 
 
