@@ -34,11 +34,13 @@ LOOK: dict[str, Any] = {
     "lines.markersize": 4,
 }
 
-_reason = why_no_gpu()
-DEVICE = "cpu" if _reason else "cuda"
+DEVICE = "cpu" if why_no_gpu() else "cuda"
 """Where models are trained: on a GPU if there is one."""
 
-BACKEND_NOTE = f"on NumPy: {_reason}" if _reason else "on the GPU, by kernels"
+BACKEND_NOTE = {
+    "cpu": "on NumPy, without a GPU; gpurnn doctor says what is missing",
+    "cuda": "on the GPU, by kernels",
+}[DEVICE]
 
 
 @contextmanager
