@@ -290,19 +290,16 @@ class LanguageModel:
             yield window[:-1], window[1:]
 
     def batch_losses(
-        self, batches: Iterable[tuple[Ids, Ids]], *, check_ids: bool = True
+        self, batches: Iterable[tuple[Ids, Ids]]
     ) -> tuple[tuple[float, ...], tuple[int, ...]]:
-        """Return the mean loss of each batch (X, Y), from a zero state, and its tokens.
-
-        ``check_ids`` is as in ``functional.rnn_forward``: without it, only the end waits for a GPU.
-        """
+        """Return the mean loss of each batch (X, Y), from a zero state, and its tokens."""
         means, tokens = [], []
         for X, Y in batches:
-            nll, _ = self.negative_log_likelihood(X, Y, check_ids=check_ids)
+            nll, _ = self.negative_log_likelihood(X, Y)
             with home_of(nll):
                 means.append(nll.mean(dtype=np.float64))
             tokens.append(nll.size)
-        return tuple(map(float, means)), tuple(tokens)  # on a GPU only now something waits
+        return tuple(map(float, means)), tuple(tokens)
 
     def book_perplexity(self, text: str, *, num_steps: int = 32, batch_size: int = 1024) -> float:
         """Return the book's figure: the mean over batches of exp(loss of the batch).

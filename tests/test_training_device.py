@@ -143,9 +143,11 @@ def test_reading_the_state_in_the_middle_changes_nothing(
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("chunk", [2, 16])
 def test_a_run_that_diverges_says_so_and_keeps_what_it_had(
-    optimizer: str, chunks_of_two: None
+    optimizer: str, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(device_module, "CHUNK", chunk)
     lr = {"sgd": 1e200, "adamw": 1e290}[optimizer]
     config = small(activation="relu", clip=None, optimizer=optimizer, lr=lr, sampling="sequential")
     numpy = prepared(config)
@@ -161,9 +163,12 @@ def test_a_run_that_diverges_says_so_and_keeps_what_it_had(
     assert told[0][0] == told[1][0]
     assert run.trainer.progress.step == numpy.trainer.progress.step
     ours, theirs = run.trainer.contents(), numpy.trainer.contents()
+    assert "state.hidden" in theirs.arrays
     assert ours.arrays.keys() == theirs.arrays.keys()
     for name, a in theirs.arrays.items():
         np.testing.assert_allclose(ours.arrays[name], a, rtol=1e-9, err_msg=name)
+    with gpurnn.emulated(SMALL_CARD), pytest.raises(TrainingDiverged, match=re.escape(told[0][0])):
+        run.trainer.run()  # nothing has become better
 
 
 def test_parameters_are_views_of_one_array_and_the_model_still_saves(
@@ -244,8 +249,8 @@ def test_a_step_queued_but_not_noted_is_counted(emulated: None, chunks_of_two: N
     assert isinstance(steps, DeviceSteps)
     inner, calls = steps._recorder.again, [0]
 
-    def again(key: Any, queue: Any) -> None:
-        inner(key, queue)
+    def again(key: Any, *queue: Any) -> None:
+        inner(key, *queue)
         calls[0] += 1
         if calls[0] == 2:
             raise KeyboardInterrupt
@@ -376,9 +381,19 @@ class Interrupting:
         return lambda: self._called(read)
 
 
+def to_the_end(run: Run, *, paused: bool) -> None:
+    """Train; ``paused``: with a pause and a checkpoint wherever there can be one."""
+    while not run.trainer.run(on_step=lambda: not paused):
+        run.trainer.contents()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-def test_wherever_it_is_interrupted_it_goes_on_to_the_same_bits(*, after: bool) -> None:
+@pytest.mark.parametrize("paused", [False, True], ids=["on its way", "in pauses"])
+def test_wherever_it_is_interrupted_it_goes_on_to_the_same_bits(
+    chunks_of_two: None, *, after: bool, paused: bool
+) -> None:
+    """At each call of the recorder that training makes: where it queues, copies or waits."""
     config = small(
         sampling="sequential",
         batch_size=2,
@@ -386,8 +401,8 @@ def test_wherever_it_is_interrupted_it_goes_on_to_the_same_bits(*, after: bool) 
         hidden_size=2,
         max_tokens=22,
         epochs=2,
-        optimizer="momentum",
-        lr=0.1,
+        optimizer="adamw",
+        lr=0.01,
         valid_fraction=0.3,
     )
     with gpurnn.emulated(SMALL_CARD, check_races=False):
@@ -400,14 +415,15 @@ def test_wherever_it_is_interrupted_it_goes_on_to_the_same_bits(*, after: bool) 
             recorder = Interrupting(steps._recorder, at, after=after)  # type: ignore[attr-defined]
             steps._recorder = recorder  # type: ignore[attr-defined]
             try:
-                run.trainer.run()
+                to_the_end(run, paused=paused)
             except KeyboardInterrupt:
                 interrupted = True
-                other = prepared(config)
-                other.trainer.restore(run.trainer.contents())
-                assert other.trainer.run()
-                assert state_of(other) == whole, at
-                assert run.trainer.run()
+                if at % 2:
+                    other = prepared(config)
+                    other.trainer.restore(run.trainer.contents())
+                    to_the_end(other, paused=False)
+                    assert state_of(other) == whole, at
+                to_the_end(run, paused=False)
             recorder.at = 0
             assert state_of(run) == whole, at
     assert at > 20
@@ -512,20 +528,23 @@ def test_what_validation_spoils_stops_where_the_epoch_ended(
 
 
 class LooksAtTheModel:
-    """A validation that is none in batches."""
+    """A validation that is none in batches; it fails once, and so does its record."""
 
     def __init__(self) -> None:
         self.seen: list[dict[str, Any]] = []
-        self.fails_at = -1
+        self.calls, self.records = 0, 0
 
     def __call__(self, model: gpurnn.LanguageModel) -> Losses:
-        if len(self.seen) == self.fails_at:
-            self.fails_at = -1
+        self.calls += 1
+        if self.calls == 2:
             raise OSError("no such text")
         self.seen.append({name: a.copy() for name, a in model.params.items()})
         return Losses((model.evaluate("abcab").nats,), (4,))
 
     def record(self, losses: Losses) -> dict[str, float | None]:
+        self.records += 1
+        if self.records == 2:
+            raise OSError("no such name")
         return {"valid_mine": losses.mean}
 
 
@@ -536,15 +555,35 @@ def test_a_validation_of_one_s_own_sees_the_model_at_the_epoch_s_end(
     expected, kept = prepared(config), []
     expected.trainer.run(on_epoch=lambda _: kept.append(params_of(expected)))
     model, mine = prepared(config).model, LooksAtTheModel()
-    mine.fails_at = 1
     trainer = Trainer(model, expected.trainer.sampler, config, mine)
     with pytest.raises(OSError, match="no such text"):
         trainer.run()
     step = trainer.progress.step
     assert trainer.contents().document["progress"]["step"] == step
     assert trainer.progress.epoch == 1 and trainer.progress.batch > 0
+    with pytest.raises(OSError, match="no such name"):
+        trainer.run()
+    assert trainer.progress.epoch == len(trainer.history) == 1
     assert trainer.run()
+    assert trainer.history[-1]["step"] == trainer.progress.step == 3 * step // 2
     assert ["valid_mine" in record for record in trainer.history] == [True] * 3
     assert len(mine.seen) == 3
     for theirs, ours in zip(kept, mine.seen, strict=True):
         assert_same_params(ours, theirs)
+
+
+def test_restored_after_an_exception_nothing_of_before_is_counted(
+    emulated: None, chunks_of_two: None
+) -> None:
+    config = small(sampling="sequential", batch_size=3, max_tokens=60, epochs=3)
+    whole, run = trained(config), prepared(config)
+    first = run.trainer.contents()
+
+    def fails() -> bool:
+        raise OSError("nobody to tell")
+
+    with pytest.raises(OSError, match="nobody"):
+        run.trainer.run(on_step=fails)
+    run.trainer.restore(first)
+    assert run.trainer.run()
+    assert state_of(run) == state_of(whole)

@@ -71,7 +71,7 @@ def test_a_run_by_graphs_is_that_of_numpy(cupy: FakeCuPy, name: str) -> None:
         np.testing.assert_allclose(a, expected.model.params[key], rtol=1e-8, atol=1e-10)
     shapes = 2 if name.startswith("windows") else 1
     assert len(cupy.graphs) == shapes
-    assert len(cupy.replays) == run.trainer.progress.step - shapes  # the first as it is
+    assert len(cupy.replays) == run.trainer.progress.step
     assert {device for _, device in cupy.launches} == {1}
 
 
@@ -87,7 +87,7 @@ def test_the_card_has_the_next_steps_before_the_host_waits(cupy: FakeCuPy) -> No
     steps = run.trainer.progress.step
     assert steps >= 5
     for told, replayed in seen[:-2]:
-        assert replayed + 1 == min(told + 2, steps)  # two told of, two more on their way
+        assert replayed == min(told + 2, steps)  # two told of, two more on their way
 
 
 @pytest.mark.parametrize("said", [1, None], ids=["nobody knew of", "some have"])
@@ -131,27 +131,41 @@ def test_what_validates_is_put_there_once(cupy: FakeCuPy, monkeypatch: pytest.Mo
     assert put.count((3, 4)) == 4 and put.count((3, 1)) == 2  # X and Y of three batches
     assert len(cupy.graphs) == 2  # a step, and validation
     means = [spec for spec, _ in cupy.launches if spec.kind == "stop_unless_finite"]
-    assert len(means) == 3
+    assert len(means) == 1 + 3  # and a rehearsal
 
 
-@pytest.mark.parametrize("validates", [{"train_windows": 14, "valid_windows": 9}, {}])
+@pytest.mark.parametrize(
+    "validates",
+    [{"train_windows": 14, "valid_windows": 9}, {"valid_fraction": 0.3}, {}],
+    ids=["windows", "a stream", "nothing"],
+)
 def test_the_card_has_the_next_epoch_before_the_host_waits(
-    cupy: FakeCuPy, validates: dict[str, int]
+    cupy: FakeCuPy, validates: dict[str, Any]
 ) -> None:
-    config = small(sampling="windows", batch_size=4, epochs=4, max_tokens=30, **validates)
-    run = on_device(config)
-    p, seen = run.trainer.progress, []
+    """And it is waited for at the beginning and where the results of older steps are read."""
+    settled = []
+    for epochs in (2, 4):
+        config = small(sampling="windows", batch_size=4, epochs=epochs, max_tokens=30, **validates)
+        run = on_device(config)
+        p, steps, seen = run.trainer.progress, run.trainer._steps, []
+        queued, settles = [], []
+        recorder = steps._recorder  # type: ignore[attr-defined]
+        again, settle = recorder.again, recorder.settle
+        recorder.again = lambda key, *a, again=again, to=queued: (to.append(key), again(key, *a))
+        recorder.settle = lambda settle=settle, to=settles: (to.append(1), settle())
 
-    def on_step() -> bool:
-        queued = sum(spec.kind == "take_batch" for spec, _ in cupy.launches)
-        seen.append((p.step, queued))
-        return True
+        def on_step(p: Any = p, seen: Any = seen, queued: Any = queued) -> bool:
+            seen.append((p.step, sum(isinstance(key, int) for key in queued)))
+            return True
 
-    assert run.trainer.run(on_step)
-    total = 4 * (p.step // 4)
-    assert seen[-1] == (total, total)
-    assert all(queued > told for told, queued in seen if told < total)
-    assert all(record["seconds"] > 0 for record in run.trainer.history)
+        assert run.trainer.run(on_step)
+        total = p.step
+        assert seen[-1] == (total, total)
+        assert all(queued > told for told, queued in seen if told < total)
+        assert queued.count("validation") == (epochs if validates else 0)
+        assert all(record["seconds"] > 0 for record in run.trainer.history)
+        settled.append(len(settles))
+    assert settled[0] == settled[1]
 
 
 def test_a_stream_is_validated_in_a_graph(cupy: FakeCuPy, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,11 @@
-"""Work that is done again and again: queued once as it is, captured the second time, then replayed.
+"""Work that is done again and again: rehearsed, captured as a graph, and then only launched.
 
 A recorder has a stream and, on a GPU, a pool of memory of its own, which only what it records
 allocates from: so the addresses in a graph stay good as long as the recorder lives. What is made
 there and kept longer must own its memory (``Engine.lasting``): to a graph that is replayed all of
-the pool is free to write to. The first time does what the capture will do, by the same products: it
-compiles and loads, and leaves in the pool what the capture then takes out of it.
+the pool is free to write to. Before a capture there is a rehearsal, which does the same by the same
+products: it compiles and loads, and leaves in the pool what the capture then takes out of it. So
+what counts is only ever the launch of a graph: who is interrupted has done all of it, or nothing.
 """
 
 import time
@@ -26,14 +27,19 @@ Read = Callable[[], NDArray[Any]]
 class Recorder(Protocol):
     """Where work is queued that will be done again."""
 
-    def again(self, key: Hashable, run: Callable[[], None]) -> None:
+    def again(self, key: Hashable, run: Callable[[], None], rehearse: Callable[[], None]) -> None:
         """Queue what ``run`` queues, which for one ``key`` is always the same, on the same arrays.
+
+        ``rehearse`` queues the same on arrays that nobody looks at; it is called at most once.
 
         What it allocates may be used until the next call, and by what is queued before that.
         """
 
     def once(self, run: Callable[[], None]) -> None:
-        """Queue what ``run`` queues, which need not be the same another time."""
+        """Queue what ``run`` queues, which need not be the same another time.
+
+        It comes after all that was queued on the current stream, as does what is queued later.
+        """
 
     def read(self, a: Array) -> Read:
         """Queue a copy to the host; the function that comes back waits for it and returns it."""
@@ -41,8 +47,11 @@ class Recorder(Protocol):
     def mark(self) -> Any:
         """Note the time at which all that was queued before is done."""
 
+    def wait(self, mark: Any) -> None:
+        """Wait for what was queued before a mark."""
+
     def between(self, first: Any, second: Any) -> float:
-        """Return the seconds between two marks, once what lies between has been waited for."""
+        """Return the seconds between two marks that have been waited for, or what is behind."""
 
     def settle(self) -> None:
         """Wait until all that was queued is done."""
@@ -57,7 +66,7 @@ def recorder(engine: Engine) -> Recorder:
 class _Repeats:
     """The emulator's: everything is done at once."""
 
-    def again(self, key: Hashable, run: Callable[[], None]) -> None:
+    def again(self, key: Hashable, run: Callable[[], None], rehearse: Callable[[], None]) -> None:
         run()
 
     def once(self, run: Callable[[], None]) -> None:
@@ -65,6 +74,9 @@ class _Repeats:
 
     def mark(self) -> float:
         return time.perf_counter()
+
+    def wait(self, mark: float) -> None:
+        pass
 
     def between(self, first: float, second: float) -> float:
         return second - first
@@ -82,7 +94,6 @@ class _Graphs:
 
     def __init__(self, engine: GPUEngine) -> None:
         self._engine = engine
-        self._done_once: set[Hashable] = set()
         self._graphs: dict[Hashable, Any] = {}
         with engine.here():
             self._stream = cupy().cuda.Stream(non_blocking=True)
@@ -94,15 +105,12 @@ class _Graphs:
         with self._engine.here(), self._stream, recording(self._needs):
             yield
 
-    def again(self, key: Hashable, run: Callable[[], None]) -> None:
+    def again(self, key: Hashable, run: Callable[[], None], rehearse: Callable[[], None]) -> None:
         with self._here():
             graph = self._graphs.get(key)
             if graph is None:
                 with cupy().cuda.using_allocator(self._pool.malloc):
-                    if key not in self._done_once:
-                        run()
-                        self._done_once.add(key)
-                        return
+                    rehearse()
                     graph = self._graphs[key] = self._captured(run)
             graph.launch(stream=self._stream)
 
@@ -117,14 +125,21 @@ class _Graphs:
         return self._stream.end_capture()
 
     def once(self, run: Callable[[], None]) -> None:
-        with self._engine.here(), self._stream:
-            run()
+        with self._engine.here():
+            before = cupy().cuda.Event(disable_timing=True)
+            before.record(cupy().cuda.get_current_stream())
+            self._stream.wait_event(before)
+            with self._stream:
+                run()
 
     def mark(self) -> Any:
         with self._engine.here():
             mark = cupy().cuda.Event()
             mark.record(self._stream)
         return mark
+
+    def wait(self, mark: Any) -> None:
+        mark.synchronize()
 
     def between(self, first: Any, second: Any) -> float:
         return float(cupy().cuda.get_elapsed_time(first, second)) / 1e3

@@ -2,14 +2,14 @@
 
 The text lies on the device, and so do, a row a batch, where batches begin, learning rates and
 truncation factors. A step finds by itself which batch it is, so all steps of one shape are the same
-work: the first is queued as it is, the second captured as a CUDA graph, and all further ones are
-launches of that graph; validation is another. The host reads losses and norms of ``CHUNK`` steps at
-once, and queues the next so many before it waits for them, those of the next epoch too.
+work: one CUDA graph, which is launched again and again; validation is another. The host reads
+losses and norms of up to ``CHUNK`` steps at once, and queues the next so many before it waits for
+them, those of the next epoch too.
 """
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -50,10 +50,14 @@ class _Steps(NamedTuple):
 
 
 class _End(NamedTuple):
-    """The end of an epoch; ``means`` is on its way, or None where validation is not queued."""
+    """The end of an epoch: a copy of the parameters, there when ``mark`` is reached.
+
+    ``means`` is on its way, or None where no validation is queued.
+    """
 
     params: Mapping[str, Array]
     means: Read | None
+    mark: Any
 
 
 def _nothing_follows() -> None:
@@ -106,7 +110,8 @@ class DeviceSteps:
             self._counts = xp.zeros(Counts.SIZE, np.int64)
             self._text = xp.asarray(text, np.int32)
             n = sampler.n
-            self._hidden = xp.zeros((model.rnn.num_layers, n, model.rnn.hidden_size), dtype)
+            shape = model.rnn.num_layers, n, model.rnn.hidden_size
+            self._hidden, self._zero_state = xp.zeros(shape, dtype), xp.zeros(shape, dtype)
         self._carried = False
         self._recorder = recorder(engine)
         self._adopt()
@@ -147,10 +152,9 @@ class DeviceSteps:
 
     def begin(self, plan: Plan, following: Callable[[], Plan | None]) -> None:
         """See ``steps.Steps``."""
-        self._recorder.settle()
-        self._plan, self._following = None, following  # until the device knows of it
-        self._waiting.clear()
-        self._refused, self._fault = None, None
+        self.forget()
+        self._raise_fault()
+        self._following = following
         made = self._optimizer.state.get("updates")
         self._made_before = 0 if made is None else int(made[0]) - plan.update
         if self._tables is None:
@@ -160,19 +164,30 @@ class DeviceSteps:
         self._recorder.once(lambda: self._counts.fill(0))
         self._set_out(plan)
 
+    def forget(self) -> None:
+        """See ``steps.Steps``."""
+        self._recorder.settle()  # what is dropped may still be written to
+        self._plan, self._following = None, _nothing_follows
+        self._waiting.clear()
+        self._refused = None
+
+    def settle(self) -> None:
+        """See ``steps.Steps``."""
+        self._recorder.settle()
+
     def _set_out(self, plan: Plan) -> None:
         """Let the coming steps be those of a plan."""
         tables = self._existing_tables()
         self._adopt()
         if not tables.holds(len(plan.batches)):
             self._recorder.settle()
-            tables.grow(len(plan.batches))
             self._recorder = recorder(self._engine)  # graphs have the old addresses in them
+            tables.grow(len(plan.batches))
         places = np.array([plan.first, plan.update - plan.first], np.int64)
 
         def begin() -> None:
-            if plan.first == 0:
-                self._hidden.fill(0)
+            if plan.first == 0 and self._sampler.carries_state:  # unless a step was refused
+                update.keep_state(self._engine, self._zero_state, self._hidden, self._counts)
             self._counts[Counts.NEXT_BATCH :] = self._engine.xp.array(places)
 
         self._recorder.once(begin)
@@ -180,9 +195,9 @@ class DeviceSteps:
 
     def advance(self) -> list[Update] | list[Ended]:
         """See ``steps.Steps``."""
-        while self._chunks_waiting() < 2 and self._queue_more():
+        while self._steps_waiting() <= CHUNK and self._queue_more():
             pass
-        if self._waiting and self._refused is None and self._fault is None:
+        if self._waiting and self._refused is None:
             first = self._waiting[0]
             told = self._steps_made(first) if isinstance(first, _Steps) else self._ended(first)
             if told:
@@ -190,14 +205,12 @@ class DeviceSteps:
         if self._waiting:
             self._recorder.settle()  # what is dropped may still be written to
             self._waiting.clear()
-        if self._fault is not None:
-            fault, self._fault = self._fault, None
-            raise fault
+        self._raise_fault()
         if self._refused is not None:
             raise self._refused()
         return []
 
-    def finish(self) -> list[Event]:
+    def finish(self) -> Sequence[Event]:
         """See ``steps.Steps``; what was refused is told by the next ``advance``."""
         self._recorder.settle()
         if self._plan is not None:  # who was interrupted may have queued more than was noted
@@ -206,15 +219,13 @@ class DeviceSteps:
             more = max(0, upcoming - self._plan.update - self._begun)
             self._begun, self._unread = self._begun + more, self._unread + more
         self._read()
-        told: list[Event] = []
-        while self._waiting and self._refused is None:
+        told: Sequence[Event] = []
+        if self._waiting and self._refused is None:
             first = self._waiting[0]
             if isinstance(first, _Steps):
-                told += self._steps_made(first)
-            elif first.means is None and self._validation is not None:
-                break
-            else:
-                told += self._ended(first)
+                told = self._steps_made(first)
+            elif not self._validates_alone:
+                told = self._ended(first)
         if self._refused is not None:
             self._waiting.clear()
         return told
@@ -246,16 +257,32 @@ class DeviceSteps:
         assert self._tables is not None, "no epoch has begun"
         return self._tables
 
-    def _chunks_waiting(self) -> int:
-        return sum(isinstance(item, _Steps) for item in self._waiting)
+    @property
+    def _validates_alone(self) -> bool:
+        """Whether there is a validation that cannot be queued."""
+        return self._validation is not None and self._queued_validation is None
+
+    def _steps_waiting(self) -> int:
+        return sum(len(item.batches) for item in self._waiting if isinstance(item, _Steps))
+
+    def _raise_fault(self) -> None:
+        if self._fault is not None:
+            fault, self._fault = self._fault, None
+            raise fault
+
+    def _check(self) -> None:
+        """Note what kernels report; what was made is told before it is raised."""
+        try:
+            self._engine.check_reports()
+        except RuntimeError as e:
+            self._fault = self._fault or e
 
     def _queue_more(self) -> bool:
         """Queue some steps, or the end of an epoch with them; return whether there were any."""
         if self._plan is None or self._refused is not None or self._fault is not None:
             return False
         if self._at_end:
-            waits = self._queued_validation is None and self._validation is not None
-            if waits and self._waiting:
+            if self._validates_alone and self._waiting:
                 return False
             following = self._following()
             if following is None:
@@ -277,7 +304,8 @@ class DeviceSteps:
         self._recorder.once(lambda: tables.write(plan, batches, partial(self._rates, plan)))
         for b in batches:
             n = len(plan.batches.starts(b))
-            self._recorder.again(n, lambda n=n: self._step(n))  # type: ignore[misc]
+            step = partial(self._step, n, self._counts, tables.record)
+            self._recorder.again(n, step, partial(self._rehearse, n))
             self._begun, self._unread = self._begun + 1, self._unread + 1
         self._read()
 
@@ -300,18 +328,20 @@ class DeviceSteps:
         means, validation = None, self._queued_validation
         if validation is not None:
             queue = partial(validation.queue, self._model, self._counts)
-            self._recorder.again("validation", queue)
+            rehearse = partial(self._rehearse_validation, validation)
+            self._recorder.again("validation", queue, rehearse)
             means = self._recorder.read(validation.means)
         kept: list[Array] = []
         self._recorder.once(lambda: kept.append(self._flat.theta.copy()))
-        self._waiting.append(_End(views(kept[0], self._model.params), means))
+        params = views(kept[0], self._model.params)
+        self._waiting.append(_End(params, means, self._recorder.mark()))
         self._at_end = True
 
     def _steps_made(self, item: _Steps) -> list[Update]:
         """Wait for the records of steps; return their updates, up to one that was refused."""
         record = item.record().reshape(-1, Record.SIZE)  # interrupted here, all is as it was
         seconds = self._recorder.between(*item.marks) / len(item.batches)
-        made, refused, fault = [], None, None
+        made, refused = [], None
         for b, row in zip(item.batches, record, strict=True):
             loss, norm = float(row[Record.LOSS]), float(row[Record.NORM])
             if row[Record.STOPPED]:
@@ -322,12 +352,9 @@ class DeviceSteps:
                 break
             rows = len(item.plan.batches.starts(b))
             made.append(Update(loss, norm, rows * self._sampler.T, seconds))
-        try:
-            self._engine.check_reports()
-        except RuntimeError as e:  # what was made before is told first
-            fault = e
+        self._check()
         self._waiting.popleft()
-        self._refused, self._fault = refused, fault
+        self._refused = refused
         before = self._carried and item.batches.start > 0
         self._carried = self._sampler.carries_state and (before or bool(made))
         if "updates" in self._optimizer.state:
@@ -336,30 +363,44 @@ class DeviceSteps:
 
     def _ended(self, item: _End) -> list[Ended]:
         """Return that an epoch has ended, or nothing where validation found what is not finite."""
-        if item.means is None:
-            self._recorder.settle()
-            valid = validated(self._validation, self._model)
-        else:
-            assert self._queued_validation is not None
-            valid = self._queued_validation.losses(item.means())
-            if not math.isfinite(valid.mean):
+        self._recorder.wait(item.mark)
+        valid = None
+        if self._queued_validation is not None and item.means is not None:
+            means = item.means()
+            valid = self._queued_validation.losses(means)
+            self._check()
+            if not np.isfinite(means).all():  # as the device has judged, too
                 self._refused = partial(Spoilt, f"in validation, the loss is {valid.mean}")
                 return []
+        elif self._validates_alone:
+            self._recorder.settle()
+            valid = validated(self._validation, self._model)
         self._waiting.popleft()
         return [Ended(valid, item.params)]
 
-    def _step(self, n: int) -> None:
+    def _rehearse(self, n: int) -> None:
+        """Do all that a step of n rows does, but as one that is refused."""
+        with self._engine.here():
+            counts = self._engine.xp.zeros_like(self._counts)
+            counts[Counts.NEXT_STOPPED :] = self._engine.xp.array(np.array([1, 0, 0]))
+            self._step(n, counts, self._engine.xp.zeros(Record.SIZE, np.float64))
+
+    def _rehearse_validation(self, validation: DeviceValidation) -> None:
+        with self._engine.here():
+            validation.queue(self._model, self._engine.xp.zeros_like(self._counts))
+
+    def _step(self, n: int, counts: Array, record: Array) -> None:
         """Queue one training step of n rows: nothing here may depend on which step it is."""
         engine, model, tables = self._engine, self._model, self._existing_tables()
         with engine.here():
             X, Y, xi = self._batch_buffers(n)
-            scalars = update.Scalars(tables.rates, self._settings, self._counts, tables.record)
+            scalars = update.Scalars(tables.rates, self._settings, counts, record)
             update.take_batch(
                 engine,
                 self._text,
                 tables.starts,
                 tables.factors,
-                self._counts,
+                counts,
                 X,
                 Y,
                 xi,
@@ -374,14 +415,14 @@ class DeviceSteps:
                 Y,
                 hidden,
                 xi=xi if tables.factors.size else None,
-                noise=(self._seed, self._counts[Counts.UPDATE : Counts.UPDATE + 1]),
+                noise=(self._seed, counts[Counts.UPDATE : Counts.UPDATE + 1]),
                 check_ids=False,
                 out=self._grads,
             )
             loss = engine.xp.asarray(loss).reshape(1)
             update.update(engine, self._optimizer.name, self._flat, loss, self._partials, scalars)
             if carries:
-                update.keep_state(engine, after, self._hidden, self._counts)
+                update.keep_state(engine, after, self._hidden, counts)
 
     def _batch_buffers(self, n: int) -> tuple[Array, Array, Array]:
         if n not in self._buffers:

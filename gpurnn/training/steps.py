@@ -97,11 +97,18 @@ class Steps(Protocol):
         """
 
     def finish(self) -> Sequence[Event]:
-        """Return what was begun and not yet returned; then nothing goes on by itself.
+        """Return some of what was begun and not yet returned; nothing goes on by itself then.
 
-        It may be called at any time, after an exception too. That something was refused is for
-        ``advance`` to say, and what can only be validated while nothing else goes on is left to it.
+        It may be called at any time, after an exception too, and is to be called until it returns
+        nothing. That something was refused is for ``advance`` to say, and what can only be
+        validated while nothing else goes on is left to it.
         """
+
+    def settle(self) -> None:
+        """Wait until nothing goes on by itself."""
+
+    def forget(self) -> None:
+        """Drop what was begun: the run goes on from elsewhere."""
 
     def state(self) -> dict[str, Floats]:
         """Return what the optimizer remembers, by name, on the host."""
@@ -195,6 +202,13 @@ class HostSteps:
     def finish(self) -> list[Event]:
         """See ``Steps``."""
         return []
+
+    def settle(self) -> None:
+        """See ``Steps``."""
+
+    def forget(self) -> None:
+        """See ``Steps``."""
+        self._plan = None
 
     def state(self) -> dict[str, Floats]:
         """See ``Steps``."""

@@ -78,7 +78,7 @@ class Trainer:
         self.model = model
         self.sampler = sampler
         self.config = config
-        self.validation = validation
+        self._validation = validation
         self.optimizer = make_optimizer(
             config.optimizer,
             model.params,
@@ -93,6 +93,7 @@ class Trainer:
         self._rng_states = deque([self._batch_rng.bit_generator.state])
         self._planned = 0  # updates up to the end of the last planned epoch
         self._ahead = False
+        self._due: deque[Event] = deque()  # what has happened and is not counted yet
         self._untold: deque[Record] = deque()  # of epochs that have ended
         self._best: Mapping[str, Floats] = {}
         self.progress = _Progress()
@@ -120,13 +121,18 @@ class Trainer:
         )
 
     @property
+    def validation(self) -> Validation | None:
+        """What measures the model after every epoch."""
+        return self._validation
+
+    @property
     def history(self) -> list[Record]:
         """One record per completed epoch."""
         return self.progress.history
 
     @property
     def best(self) -> Mapping[str, Floats]:
-        """The parameters of the best epoch so far; without validation, of the last whole one.
+        """The parameters of the best epoch counted so far; without validation, of the last one.
 
         Before the first epoch has ended, the current ones.
         """
@@ -162,11 +168,26 @@ class Trainer:
 
         Raises:
             TrainingDiverged: a loss or gradient is not finite. The parameters are those before
-                the update that would have spoilt them.
+                the update that would have spoilt them; if it was in validation, those of the
+                epoch's end.
+
+        Whatever is raised, by ``on_step`` and ``on_epoch`` too: nothing goes on by itself then.
         """
+        try:
+            return self._run(on_step, on_epoch, ahead)
+        except BaseException:
+            self._steps.settle()
+            raise
+
+    def _run(
+        self,
+        on_step: Callable[[], bool],
+        on_epoch: Callable[[Record], None] | None,
+        ahead: bool | None,
+    ) -> bool:
         p = self.progress
         self._ahead = on_epoch is None if ahead is None else ahead
-        self._count(self._steps.finish)  # what an exception of on_step, or Ctrl-C, has left
+        self._finish()  # what an exception of on_step, or Ctrl-C, has left
         self._tell(on_epoch)
         if self.finished:
             return True
@@ -175,7 +196,7 @@ class Trainer:
         self._steps.begin(self._plan(p.batch, p.step), self._following)
         while events := self._count(self._steps.advance):
             if isinstance(events[0], Update) and not on_step():
-                self._count(self._steps.finish)
+                self._finish()
                 self._tell(on_epoch)
                 return self.finished
             self._tell(on_epoch)
@@ -208,19 +229,25 @@ class Trainer:
         total = max(self.config.epochs * len(batches), 1)
         return Plan(batches, first, update, lambda i: self._lr(i, total), self._truncation)
 
+    def _finish(self) -> None:
+        while self._count(self._steps.finish):
+            pass
+
     def _count(self, steps: Callable[[], Sequence[Event]]) -> Sequence[Event]:
-        """Count what ``steps`` says has happened."""
+        """Count what ``steps`` says has happened, and return it."""
         p = self.progress
         try:
-            events = steps()
+            self._due.extend(events := steps())
         except Spoilt as e:
             raise self._diverged(p.step, str(e)) from e
         except NonFiniteError as e:
             raise self._diverged(p.step + 1, str(e)) from e
-        for event in events:
+        while self._due:
+            event = self._due[0]
             if isinstance(event, Ended):
                 self._end_epoch(event)
                 continue
+            self._due.popleft()
             p.batch += 1
             p.step += 1
             p.losses.append(event.loss)
@@ -263,12 +290,11 @@ class Trainer:
         )
 
     def _end_epoch(self, ended: Ended) -> None:
+        """Count an epoch: all of it, or, if something is raised, nothing."""
         p, valid = self.progress, ended.valid
         train = Losses(tuple(p.losses), tuple(p.tokens))
-        p.epoch += 1
-        p.seconds += p.epoch_seconds
         record: Record = {
-            "epoch": p.epoch,
+            "epoch": p.epoch + 1,
             "step": p.step,
             "tokens": p.epoch_tokens,
             **train.record("train"),
@@ -277,8 +303,11 @@ class Trainer:
             "largest_gradient_norm": p.largest_norm,
             "lr": self._lr(p.step - 1, self.config.epochs * p.batch),
             "tokens_per_second": p.epoch_tokens / max(p.epoch_seconds, 1e-9),
-            "seconds": p.seconds,
+            "seconds": p.seconds + p.epoch_seconds,
         }
+        self._due.popleft()
+        p.epoch += 1
+        p.seconds += p.epoch_seconds
         if valid is None:
             p.best_epoch = p.epoch
         elif p.best_loss is None or valid.mean < p.best_loss:
@@ -300,7 +329,7 @@ class Trainer:
 
     def contents(self) -> checkpoint.Contents:
         """Return a copy of the whole state of the run, to be written to a file."""
-        self._count(self._steps.finish)
+        self._finish()
         arrays: dict[str, Floats] = {f"model.{k}": on_host(a) for k, a in self.model.params.items()}
         arrays |= {f"best.{k}": on_host(a) for k, a in self._best.items()}
         arrays |= {f"optimizer.{k}": a for k, a in self._steps.state().items()}
@@ -357,6 +386,8 @@ class Trainer:
         drawn = progress.batch and "epoch" in random
         self._batch_rng.bit_generator.state = random["epoch" if drawn else "batches"]
         self._rng_states = deque([self._batch_rng.bit_generator.state])
+        self._steps.forget()
+        self._due.clear()
         self._untold.clear()
         self.model.load_params(params)
         self._steps.load_state(state)

@@ -57,7 +57,9 @@ class Validation(Protocol):
 class InBatches(Validation, Protocol):
     """A validation that is told by the mean losses of batches, the same each time.
 
-    On a GPU it is queued like a training step, and training does not stop for it.
+    On a GPU it is queued like a training step, and training does not stop for it: there ``batches``
+    and ``losses`` are called instead of the validation itself, which must find the same. What
+    ``losses`` makes of finite means has to be finite.
     """
 
     @property
