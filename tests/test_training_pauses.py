@@ -170,3 +170,30 @@ def test_checkpoint_of_another_run(changes: dict[str, Any], message: str) -> Non
     run = prepared(TINY)
     with pytest.raises(CheckpointError, match=message):
         run.trainer.restore(prepared(tiny(**changes)).trainer.contents())
+
+
+@pytest.mark.parametrize("batch", [0, 2])
+def test_older_files_also_tell_the_state_after_the_draw(batch: int) -> None:
+    """Then the one before it is called "epoch", and only in the middle of an epoch is it needed."""
+    config = tiny(epochs=3)
+    whole, run = trained(config), prepared(config)
+    batches = len(prepared(config).trainer.sampler.epoch(np.random.default_rng(0)))
+    kept: list[Any] = []
+
+    def on_epoch(record: dict[str, Any]) -> None:
+        kept.append(run.trainer.contents())
+
+    progress = run.trainer.progress
+    run.trainer.run(lambda: progress.step < batches + batch or not batch, on_epoch)
+    contents = run.trainer.contents() if batch else kept[0]
+    assert contents.document["progress"]["batch"] == batch
+    random = contents.document["random"]
+    other = np.random.default_rng(7).bit_generator.state
+    if batch:
+        random["epoch"], random["batches"] = random["batches"], other
+    else:
+        random["epoch"] = other
+    again = prepared(config)
+    again.trainer.restore(contents)
+    assert again.trainer.run()
+    assert state_of(again) == state_of(whole)
