@@ -14,6 +14,7 @@
 # %%
 import linecache
 import math
+import os
 import textwrap
 from collections import Counter
 from pathlib import Path
@@ -24,6 +25,7 @@ import style
 from matplotlib.patches import Patch
 from numba import cuda, float32, uint32, uint64
 
+os.environ.pop("GPURNN_TUNED", None)  # the model's own figures, not some GPU's
 import gpurnn
 from gpurnn import Group, emulator
 from gpurnn import functional as F
@@ -71,7 +73,11 @@ assert np.abs(ours - reference[1:]).max() < 1e-6, "three lines of NumPy are the 
 # | shared | the threads of one block; near | `cuda.shared.array` |
 # | registers | one thread; at hand | variables, and at best `cuda.local.array` (see below) |
 #
-# Threads wait for one another at a *barrier* only: `cuda.syncthreads()` is one for a block.
+# A block runs on one *multiprocessor*, of which a GPU has many; its shared memory and registers
+# are there ("on the chip"). Global memory is reached through a cache that all share, *L2*.
+#
+# Threads wait for one another at a *barrier* (another way comes at the end of "Group"):
+# `cuda.syncthreads()` is one for a block.
 #
 # The kernels below read, write and wait through four small functions. On a GPU those are what
 # they say. For the emulator each has a *twin*, the attribute `emulated` (see `docs/emulator.md`),
@@ -161,7 +167,7 @@ def flat(launches):
 
 
 # %% [markdown]
-# Two ways of looking at the notes. `traffic` counts them, access by access; that lanes of a warp
+# Two ways of looking at the notes. `traffic` counts them, access by access; that threads
 # share a fetch, and that caches answer some, comes on top (see "A warp reads together").
 # `timeline` draws them, a row for each thread: its accesses one after another from the left, and
 # where threads meet at a barrier, all go on together. Or, with `as_run`, in the order in which
@@ -308,9 +314,9 @@ assert counted["naive"] == {
 # and have been read before the next one overwrites it (`used`).
 #
 # **Statements 11, 15.** The kernel computes (9.4.5) as well, and of global memory it reads s
-# times less for tiles of s × s: T · n · h² / s weights, and as many states. So do the library's
-# kernels `step` ([kernels/step.py](../kernels/step.py)), which takes any size, and
-# `concatenated`, which multiplies [X_t, H_{t−1}] with [W_xh; W_hh] in one product: on the
+# times less for tiles of s × s: T · n · h² / s weights, and as many states. The library's
+# kernels `step` ([kernels/step.py](../kernels/step.py)), which takes any size, and `concatenated`
+# compute the same. The latter multiplies [X_t, H_{t−1}] with [W_xh; W_hh] in one product: on the
 # chapter's shapes, (3, 1)(1, 4) and (3, 4)(4, 4), that equals the sum of two products, to 10⁻⁶ in
 # float32 and 10⁻¹⁴ in float64.
 
@@ -451,7 +457,9 @@ assert "which nothing wrote" in str(unwritten)
 
 # %% [markdown]
 # A barrier is for all threads of a block. The usual way to get that wrong is an `if` for what
-# lies beyond the array: the fourth thread below never comes, and the others wait for it.
+# lies beyond the array: the fourth thread below never comes. What a GPU then does depends on its
+# generation, and on whether that thread has ended: the others go on without it, or wait for ever.
+# The emulator refuses it.
 
 
 # %%
@@ -480,11 +488,12 @@ for seed in range(4):
 # %% [markdown]
 # ## A warp reads together
 #
-# Threads run in *warps* of 32, which do one instruction together. Global memory answers in pieces
-# of 32 bytes (*sectors*): neighbours that read neighbouring numbers share them. Shared memory has
-# 32 *banks*, each good for one word at a time: lanes that want different words of one bank wait
-# in line. The kernel below reads a row and a column of a matrix from global memory, and a column
-# of a tile. With `measure=True` the emulator counts sectors and waits (*wavefronts*) by line.
+# Threads run in *warps* of 32, their *lanes*, which do one instruction together. Global memory
+# answers in pieces of 32 bytes (*sectors*): neighbours that read neighbouring numbers share them.
+# Shared memory has 32 *banks*, each good for one word at a time: lanes that want different words
+# of one bank wait in line. The kernel below reads a row and a column of a matrix from global
+# memory, and a column of a tile. With `measure=True` the emulator counts sectors and waits
+# (*wavefronts*) by line.
 
 
 # %%
@@ -627,7 +636,9 @@ for steps, asked in moved.items():
 # *group*; each computes its columns of H_t, for all rows of the group, and needs all the others'
 # for the next step. Below, two blocks of four threads; a thread holds a column. They exchange
 # through global memory, and between steps a barrier of the whole grid (a solid line) makes sure
-# that everything has been written.
+# that everything has been written. All blocks must run at once for that (a *cooperative* launch,
+# which Numba makes of a kernel with such a barrier): a block that waits for one that has not begun
+# would wait for ever. That bounds how many blocks there may be.
 #
 # **Statement 11.** The kernel computes (9.4.5) in one launch; the group reads each weight once,
 # and in each step each of its G blocks reads all n · h numbers of the state. The library's
@@ -682,7 +693,8 @@ assert counted["group"] == {
 
 exchanged = [
     by_kernel(Group(blocks, exchange), X, H_0, W_xh, W_hh, b_h)
-    for exchange, blocks in (("cluster", 2), ("flags", 2), ("counter", 2), ("flags", 4))
+    for exchange in ("cluster", "flags", "counter")
+    for blocks in (2, 4)
 ]
 for H in exchanged:
     np.testing.assert_allclose(H, reference[1:], rtol=0, atol=1e-6)
@@ -803,10 +815,11 @@ for line, per_step, once in zip(axes.lines, (n, n / SIDE, 0, 0), (0, 0, n, 1), s
 # Numba turns a kernel into PTX, NVIDIA's portable assembly; `ptxas` turns that into machine code,
 # for one architecture, here the H100's (compute capability 9.0). Neither needs a GPU, and
 # `gpurnn.resources` reads off what a thread takes (with two of NVIDIA's tools, `pip install
-# nvidia-cuda-nvcc nvidia-cuda-nvdisasm`). A local array has no address in registers: it can live
+# nvidia-cuda-nvcc nvidia-cuda-nvdisasm`). Registers have no addresses: a local array can live
 # there only if every index is known when compiling, which is so when all loops over it are
-# unrolled. Beyond some hundred turns the compiler does not unroll, and the array silently moves
-# to *local memory*, which is as far away as global memory; `stack` is its size.
+# unrolled; and only if it fits, as a thread has at most 255. At h = 256 neither holds: the loop
+# stays a loop, and the array silently moves to *local memory*, which is as far away as global
+# memory; `stack` is its size.
 
 # %%
 from gpurnn import resources
@@ -873,6 +886,7 @@ for size in (32, 64, 128):
 beyond = found["resident, h = 256"]
 assert beyond.stack >= 4 * 256 and beyond.registers < ours.registers, "it moved to local memory"
 assert all(found[k].stack == 0 for k in found if k.startswith("library"))
+assert all(r.registers <= 255 for r in found.values())
 assert share["naive"] < 0.1 < share["tiled"] < share["resident, h = 128"]
 assert min(share[k] for k in share if k.endswith("h = 128")) > 0.45
 assert share["library group, h = 512"] > 0.35
@@ -883,7 +897,7 @@ print(f"the library's {loads['library resident, h = 128']}")
 assert one_block.tile.depth * one_block.tile.columns == 128 == 4 * one_block.tile.depth
 assert loads["library resident, h = 128"] <= loads["resident, h = 128"] / 3
 
-with style.figure("", "", "multiply-adds of the product, share of instructions") as axes:
+with style.figure("multiply-adds of the product / instructions of the loop", "") as axes:
     shown = ["naive", "tiled", *(f"resident, h = {size}" for size in (32, 64, 128))]
     shown += ["library resident, h = 128", "library group, h = 512"]
     axes.barh(shown[::-1], [share[k] for k in shown[::-1]], color="0.45")
@@ -908,11 +922,12 @@ assert integers > 10 * naive_mix["FFMA"]
 # ## Where the floor is
 #
 # Once W_hh stays on the chip, a step is short, and mostly waiting: the next one cannot begin
-# before the states of this one are there. **What follows is the planning model's: instruction
-# counts and published latencies of an H100 (132 multiprocessors, 1.755 GHz). It has not been seen
-# on a GPU.** [gpurnn/bench/floors.py](../gpurnn/bench/floors.py) bounds a step by its
-# multiply-adds, by the bytes it must move on chip, and by the chain from one step's states to the
-# next's. Such a chain is made of
+# before the states of this one are there. **What follows is a model's, the one by which
+# `gpurnn.plan` chooses: instruction counts and published latencies of an H100 with 132
+# multiprocessors, counted at 1.755 GHz (it may clock higher). It has not been seen on a GPU.**
+# [gpurnn/bench/floors.py](../gpurnn/bench/floors.py) bounds a step by its multiply-adds, by the
+# bytes it must move on chip, and by the chain from one step's states to the next's. Such a chain
+# is made of
 
 # %%
 from gpurnn import tuned
@@ -1020,7 +1035,8 @@ for rows, size, kernel in ((32, 128, "resident"), (32, 512, "group")):
 #   tiled, once by each block of the resident, once by the whole group.
 # - A missing barrier is found where it is missing, with both lines and both threads; so are a
 #   barrier that not all reach, a read of what nobody wrote, and a flag that comes before its value.
-# - W_hh is in registers if the compiler unrolls the loops over it: at h = 128 half of a step's
-#   instructions are then the product; at h = 256, written the same way, it is in local memory.
+# - W_hh is in registers if the loops over it are unrolled and it fits the 255 of a thread: at
+#   h = 128 half of a step's instructions are then the product; at h = 256, written the same way,
+#   it is in local memory.
 # - By the model, not seen on a GPU: at h = 128 a step is bounded by its chain, not by arithmetic;
 #   a group adds its exchange to that; a launch a step costs more than either.

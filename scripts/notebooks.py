@@ -7,13 +7,15 @@
 A notebook is a pair: a percent script, which is what is written by hand, and the .ipynb that this
 makes of it. It runs in a process of its own, in the folder notebooks, with the Python that runs
 this; a cell that fails ends it with exit code 1. The .ipynb notes the version of gpurnn and the
-SHA-256 of the script, and is replaced only when everything has run.
+SHA-256 of the script with style.py, and is replaced only when everything has run. (Within a version
+a change of the library does not show in it: run them again before a release.)
 
 It needs what `pip install -e '.[notebooks]'` brings.
 """
 
 import argparse
 import hashlib
+import os
 import sys
 import time
 from pathlib import Path
@@ -22,12 +24,13 @@ from typing import Any
 import jupytext
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellControlSignal, CellExecutionError, DeadKernelError
 
 import gpurnn
 from gpurnn.files import write_atomically
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
+STYLE = FOLDER / "style.py"
 LIMIT = 600  # seconds a cell may take
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
@@ -39,7 +42,7 @@ def scripts() -> list[Path]:
 
 def sha256(script: Path) -> str:
     """Return the hash that the .ipynb of a script notes."""
-    return hashlib.sha256(script.read_bytes()).hexdigest()
+    return hashlib.sha256(script.read_bytes() + STYLE.read_bytes()).hexdigest()
 
 
 def unrun(script: Path) -> Any:
@@ -64,6 +67,8 @@ def run(script: Path) -> Any:
         CellExecutionError: a cell failed; the message has its traceback.
     """
     notebook = unrun(script)
+    for threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # which decide some last bits
+        os.environ.setdefault(threads, "1")
     client = NotebookClient(
         notebook,
         timeout=LIMIT,
@@ -96,7 +101,7 @@ def main(words: list[str] | None = None) -> int:
         started = time.perf_counter()
         try:
             notebook = run(script)
-        except CellExecutionError as e:
+        except (CellControlSignal, CellExecutionError, DeadKernelError, TimeoutError) as e:
             print(f"{script.name}: {e}", file=sys.stderr)
             failed = True
             continue

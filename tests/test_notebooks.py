@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,17 @@ def asserts(code: str) -> bool:
     return False
 
 
+def test_what_they_need_is_what_the_tests_install() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    names = {
+        extra: {re.split(r"[\[<>=]", requirement)[0] for requirement in extras[extra]}
+        for extra in ("notebooks", "test")
+    }
+    assert names["notebooks"] <= names["test"]
+
+
 def test_there_are_these_and_no_others() -> None:
     for suffix in (".py", ".ipynb"):
         assert {p.stem for p in FOLDER.glob(f"[0-9]*{suffix}")} == set(SHOWN)
@@ -94,7 +106,8 @@ def test_outputs_are_those_of_one_run_from_top_to_bottom(name: str) -> None:
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
     outputs = [output for cell in code for output in cell["outputs"]]
-    assert not [output for output in outputs if output["output_type"] == "error"]
+    assert {output["output_type"] for output in outputs} <= {"stream", "display_data"}
+    assert all(output.get("name", "stdout") == "stdout" for output in outputs), "warnings?"
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]
     assert len(pictures) >= 2
     said = json.dumps(outputs)
