@@ -303,8 +303,8 @@ class Pool:
     memory from that.
     """
 
-    def __init__(self, fake: "FakeCuPy") -> None:
-        self.fake = weakref.ref(fake)
+    def __init__(self, fake: "FakeCuPy", allocator: Callable[[int], Any]) -> None:
+        self.fake, self.allocator = weakref.ref(fake), allocator
         self.owners: list[Any] = []
 
     def malloc(self, size: int) -> Any:
@@ -316,7 +316,7 @@ class Pool:
             unused = sys.getrefcount(self.owners[i]) == NOT_USED
             if unused and self.owners[i].nbytes >= nbytes:
                 return self.owners[i]
-        self.owners.append(np.empty(nbytes, np.uint8))
+        self.owners.append(self.allocator(nbytes))
         return self.owners[-1]
 
     def __del__(self) -> None:
@@ -345,6 +345,7 @@ class FakeCuPy(types.ModuleType):
         self.pinned: list[Pinned] = []
         self.specs: list[KernelSpec] = []
         self.allocations_left: int | None = None
+        self.allocations_refused, self.freed = 0, 0  # of new memory for pools; of CuPy's own
         self.devices = 8
         self.streams: list[str] = []
         self.order: list[tuple[str, int, Event]] = []  # of events: what, on which stream
@@ -369,7 +370,9 @@ class FakeCuPy(types.ModuleType):
             Event=lambda disable_timing=False: Event(self, disable_timing=disable_timing),
             get_current_stream=lambda: self.stream,
             alloc_pinned_memory=self._pinned,
-            MemoryPool=lambda: Pool(self),
+            MemoryPool=lambda allocator: Pool(self, allocator),
+            Memory=self._memory,
+            MemoryPointer=lambda memory, offset: memory,
             using_allocator=self._using,
             runtime=types.SimpleNamespace(
                 CUDARuntimeError=CUDARuntimeError,
@@ -386,6 +389,20 @@ class FakeCuPy(types.ModuleType):
         if device >= self.devices:
             raise CUDARuntimeError("cudaErrorInvalidDevice: invalid device ordinal")
         return {"name": b"a GPU that is none"}
+
+    def _memory(self, size: int) -> Any:
+        if self.allocations_refused:
+            self.allocations_refused -= 1
+            raise CUDARuntimeError("cudaErrorMemoryAllocation: out of memory")
+        return np.empty(size, np.uint8)
+
+    def get_default_memory_pool(self) -> Any:
+        """Return what frees no more than it notes."""
+
+        def free_all_blocks() -> None:
+            self.freed += 1
+
+        return types.SimpleNamespace(free_all_blocks=free_all_blocks)
 
     def _allow(self, function: int, attribute: int, value: int) -> None:
         assert attribute == 8

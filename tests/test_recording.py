@@ -92,6 +92,22 @@ def test_a_capture_that_fails_is_ended_and_tried_again(cupy: FakeCuPy) -> None:
     assert len(cupy.replays) == 1
 
 
+@pytest.mark.parametrize("refused", [1, 2])
+def test_memory_that_is_short_costs_what_others_do_not_use(cupy: FakeCuPy, refused: int) -> None:
+    """The pool itself frees nothing: what it does not use at the moment is in its graphs."""
+    engine = GPUEngine(0)
+    total, calls = cupy.zeros(3, np.float32), []
+    record = recorder(engine)
+    cupy.allocations_refused = refused
+    run = counting(cupy, total, calls)
+    if refused == 1:
+        record.again("a", run, run)
+    else:
+        with pytest.raises(MemoryError, match=r"a graph needs \d+ bytes more"):
+            record.again("a", run, run)
+    assert cupy.freed == 1
+
+
 def test_what_is_queued_once_comes_after_the_current_stream(cupy: FakeCuPy) -> None:
     engine = GPUEngine(1)
     record = recorder(engine)

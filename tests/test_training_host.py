@@ -134,6 +134,21 @@ def test_what_validates_is_put_there_once(cupy: FakeCuPy, monkeypatch: pytest.Mo
     assert len(means) == 1 + 3  # and a rehearsal
 
 
+def test_a_validation_of_too_many_kernels_is_no_graph(
+    cupy: FakeCuPy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"train_windows": 12, "valid_windows": 9, "batch_size": 4}
+    config = small(sampling="windows", **sizes)
+    expected, run = trained(config), on_device(config)
+    nodes = run.trainer._steps._queued_validation.nodes  # type: ignore[attr-defined]
+    assert 3 * 5 <= nodes <= 3 * 20  # three batches
+    monkeypatch.setattr(device_module, "MOST_NODES", nodes - 1)
+    run.trainer.run()
+    assert len(cupy.graphs) == 1
+    for record, other in zip(run.trainer.history, expected.trainer.history, strict=True):
+        assert record["valid_loss"] == pytest.approx(other["valid_loss"], rel=1e-9)
+
+
 @pytest.mark.parametrize(
     "validates",
     [{"train_windows": 14, "valid_windows": 9}, {"valid_fraction": 0.3}, {}],

@@ -197,3 +197,23 @@ def test_older_files_also_tell_the_state_after_the_draw(batch: int) -> None:
     again.trainer.restore(contents)
     assert again.trainer.run()
     assert state_of(again) == state_of(whole)
+
+
+def test_a_checkpoint_of_a_longer_text_is_refused_before_anything_is_done() -> None:
+    run = prepared(tiny(batch_size=4))
+    pause_at(run, 5)
+    other = prepared(tiny(batch_size=4, max_tokens=100))
+    other.trainer.restore(run.trainer.contents())
+    with pytest.raises(CheckpointError, match=r"has done 5 batches of an epoch that has 3: it was"):
+        other.trainer.run()
+
+
+def test_contents_can_be_restored_twice() -> None:
+    run = prepared(tiny(epochs=3))
+    run.trainer.run()
+    contents = trained(tiny(epochs=2)).trainer.contents()
+    for _ in range(2):
+        again = prepared(tiny(epochs=3))
+        again.trainer.restore(contents)
+        again.trainer.run()
+        assert state_of(again) == state_of(run)

@@ -230,7 +230,8 @@ def _run(session: Session) -> int | None:
             )
 
         def on_epoch(record: dict[str, Any]) -> None:
-            if record["epoch"] % log_every and not trainer.finished:
+            last = trainer.finished and record is trainer.history[-1]
+            if record["epoch"] % log_every and not last:
                 return
             line = f"epoch {record['epoch']:>4}  loss {record['train_loss']:.3f}  perplexity: "
             line += f"training {loss.perplexity(record['train_loss']):.3f}"

@@ -30,7 +30,7 @@ class Recorder(Protocol):
     def again(self, key: Hashable, run: Callable[[], None], rehearse: Callable[[], None]) -> None:
         """Queue what ``run`` queues, which for one ``key`` is always the same, on the same arrays.
 
-        ``rehearse`` queues the same on arrays that nobody looks at; it is called at most once.
+        ``rehearse`` queues the same on arrays that nobody looks at; it is called before a capture.
 
         What it allocates may be used until the next call, and by what is queued before that.
         """
@@ -89,6 +89,23 @@ class _Repeats:
         pass
 
 
+def _new_memory(size: int) -> Any:
+    """Allocate for a recorder's pool, at the cost of what CuPy's own pool does not use.
+
+    Where there is too little, the pool must not hear of it from CUDA: it would free all that is not
+    in use at the moment, and the graphs have addresses of that in them.
+    """
+    cuda = cupy().cuda
+    for attempt in (1, 2):
+        try:
+            return cuda.MemoryPointer(cuda.Memory(size), 0)
+        except cuda.runtime.CUDARuntimeError as e:
+            if attempt == 2:
+                raise MemoryError(f"a graph needs {size:,} bytes more: {e}") from e
+            cupy().get_default_memory_pool().free_all_blocks()
+    raise AssertionError("unreachable")
+
+
 class _Graphs:
     """A GPU's: CUDA graphs, on a stream that waits for no other."""
 
@@ -97,7 +114,7 @@ class _Graphs:
         self._graphs: dict[Hashable, Any] = {}
         with engine.here():
             self._stream = cupy().cuda.Stream(non_blocking=True)
-            self._pool = cupy().cuda.MemoryPool()
+            self._pool = cupy().cuda.MemoryPool(_new_memory)
             self._needs = Recorded(cupy().empty(cublas.WORKSPACE, np.uint8))
 
     @contextmanager
@@ -115,8 +132,8 @@ class _Graphs:
             graph.launch(stream=self._stream)
 
     def _captured(self, run: Callable[[], None]) -> Any:
-        self._stream.begin_capture()
         try:
+            self._stream.begin_capture()
             run()
         except BaseException:
             with suppress(Exception):  # it is void, and what made it so is the error to be seen

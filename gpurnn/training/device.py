@@ -26,6 +26,7 @@ from gpurnn.language_model import LanguageModel
 from gpurnn.optimizers import Optimizer
 from gpurnn.slots import Counts, Record
 from gpurnn.training.device_validation import DeviceValidation
+from gpurnn.training.interrupts import held_interrupts
 from gpurnn.training.steps import Ended, Event, Plan, Refused, Spoilt, Update, validated
 from gpurnn.training.tables import Tables
 from gpurnn.training.validation import InBatches, Validation
@@ -38,6 +39,13 @@ Floats = NDArray[Any]
 CHUNK = 16
 """Steps whose results the host reads at once; it knows of a signal, or of a loss that is not
 finite, up to twice as many steps later."""
+
+
+MOST_NODES = 20_000
+"""Kernels of a validation that is captured as a graph; a larger one is queued kernel by kernel."""
+
+MOST_ENDS = 2
+"""Ends of epochs that are queued at once, each with a copy of all parameters."""
 
 
 class _Steps(NamedTuple):
@@ -112,6 +120,7 @@ class DeviceSteps:
             n = sampler.n
             shape = model.rnn.num_layers, n, model.rnn.hidden_size
             self._hidden, self._zero_state = xp.zeros(shape, dtype), xp.zeros(shape, dtype)
+        self.told: deque[Event] = deque()
         self._carried = False
         self._recorder = recorder(engine)
         self._adopt()
@@ -152,7 +161,7 @@ class DeviceSteps:
 
     def begin(self, plan: Plan, following: Callable[[], Plan | None]) -> None:
         """See ``steps.Steps``."""
-        self.forget()
+        self._drop()
         self._raise_fault()
         self._following = following
         made = self._optimizer.state.get("updates")
@@ -166,7 +175,13 @@ class DeviceSteps:
 
     def forget(self) -> None:
         """See ``steps.Steps``."""
-        self._recorder.settle()  # what is dropped may still be written to
+        self._drop()
+        self._fault = None
+        self.told.clear()
+
+    def _drop(self) -> None:
+        """Drop what was begun and has not been told."""
+        self._recorder.settle()  # it may still be written to
         self._plan, self._following = None, _nothing_follows
         self._waiting.clear()
         self._refused = None
@@ -195,7 +210,7 @@ class DeviceSteps:
 
     def advance(self) -> list[Update] | list[Ended]:
         """See ``steps.Steps``."""
-        while self._steps_waiting() <= CHUNK and self._queue_more():
+        while self._little_waits() and self._queue_more():
             pass
         if self._waiting and self._refused is None:
             first = self._waiting[0]
@@ -227,6 +242,7 @@ class DeviceSteps:
             elif not self._validates_alone:
                 told = self._ended(first)
         if self._refused is not None:
+            self._recorder.settle()
             self._waiting.clear()
         return told
 
@@ -262,8 +278,11 @@ class DeviceSteps:
         """Whether there is a validation that cannot be queued."""
         return self._validation is not None and self._queued_validation is None
 
-    def _steps_waiting(self) -> int:
-        return sum(len(item.batches) for item in self._waiting if isinstance(item, _Steps))
+    def _little_waits(self) -> bool:
+        """Whether more is to be queued before the first of it is waited for."""
+        steps = sum(len(item.batches) for item in self._waiting if isinstance(item, _Steps))
+        ends = sum(isinstance(item, _End) for item in self._waiting)
+        return steps <= CHUNK and ends < MOST_ENDS
 
     def _raise_fault(self) -> None:
         if self._fault is not None:
@@ -320,22 +339,28 @@ class DeviceSteps:
         batches = range(last - self._unread, last)
         marks = self._since, self._recorder.mark()
         record = self._recorder.read(self._existing_tables().noted(batches))
-        self._waiting.append(_Steps(self._plan, batches, record, marks))
-        self._unread = 0
+        with held_interrupts():
+            self._waiting.append(_Steps(self._plan, batches, record, marks))
+            self._unread = 0
 
     def _queue_end(self) -> None:
         """Queue validation, and copies of what it finds and of the parameters."""
         means, validation = None, self._queued_validation
         if validation is not None:
             queue = partial(validation.queue, self._model, self._counts)
-            rehearse = partial(self._rehearse_validation, validation)
-            self._recorder.again("validation", queue, rehearse)
+            if validation.nodes <= MOST_NODES:
+                rehearse = partial(self._rehearse_validation, validation)
+                self._recorder.again("validation", queue, rehearse)
+            else:
+                self._recorder.once(queue)
             means = self._recorder.read(validation.means)
         kept: list[Array] = []
         self._recorder.once(lambda: kept.append(self._flat.theta.copy()))
         params = views(kept[0], self._model.params)
-        self._waiting.append(_End(params, means, self._recorder.mark()))
-        self._at_end = True
+        end = _End(params, means, self._recorder.mark())
+        with held_interrupts():
+            self._waiting.append(end)
+            self._at_end = True
 
     def _steps_made(self, item: _Steps) -> list[Update]:
         """Wait for the records of steps; return their updates, up to one that was refused."""
@@ -353,12 +378,14 @@ class DeviceSteps:
             rows = len(item.plan.batches.starts(b))
             made.append(Update(loss, norm, rows * self._sampler.T, seconds))
         self._check()
-        self._waiting.popleft()
-        self._refused = refused
-        before = self._carried and item.batches.start > 0
-        self._carried = self._sampler.carries_state and (before or bool(made))
-        if "updates" in self._optimizer.state:
-            self._optimizer.state["updates"] += len(made)
+        with held_interrupts():
+            self._waiting.popleft()
+            self._refused = refused
+            before = self._carried and item.batches.start > 0
+            self._carried = self._sampler.carries_state and (before or bool(made))
+            if "updates" in self._optimizer.state:
+                self._optimizer.state["updates"] += len(made)
+            self.told.extend(made)
         return made
 
     def _ended(self, item: _End) -> list[Ended]:
@@ -367,16 +394,20 @@ class DeviceSteps:
         valid = None
         if self._queued_validation is not None and item.means is not None:
             means = item.means()
-            valid = self._queued_validation.losses(means)
             self._check()
-            if not np.isfinite(means).all():  # as the device has judged, too
-                self._refused = partial(Spoilt, f"in validation, the loss is {valid.mean}")
+            spoilt = means[~np.isfinite(means)]
+            if spoilt.size:  # as the device has judged, too
+                self._refused = partial(Spoilt, f"in validation, the loss is {spoilt[0]}")
                 return []
+            valid = self._queued_validation.losses(means)
         elif self._validates_alone:
             self._recorder.settle()
             valid = validated(self._validation, self._model)
-        self._waiting.popleft()
-        return [Ended(valid, item.params)]
+        ended = Ended(valid, item.params)
+        with held_interrupts():
+            self._waiting.popleft()
+            self.told.append(ended)
+        return [ended]
 
     def _rehearse(self, n: int) -> None:
         """Do all that a step of n rows does, but as one that is refused."""

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from gpurnn import planning
 from gpurnn.cuda import losses, update
 from gpurnn.cuda.engines import Array, Engine
 from gpurnn.language_model import LanguageModel
@@ -12,6 +13,8 @@ __all__ = ["DeviceValidation"]
 
 class DeviceValidation:
     """Measures a model; what it finds stays on the device, in ``means``, float64, one a batch.
+
+    ``nodes`` is about how many kernels that takes.
 
     Raises:
         TypeError, ValueError: the batches hold none of ids of the model's vocabulary.
@@ -26,6 +29,20 @@ class DeviceValidation:
             self._tokens = [Y.size for _, Y in self._batches]
             self.means: Array = engine.xp.zeros(len(self._batches), np.float64)
             engine.settle()
+        rnn = model.rnn
+        self.nodes = 0
+        for X, _ in self._batches:
+            T, n = X.shape
+            plan = planning.plan(
+                T=T,
+                n=n,
+                d=rnn.input_size,
+                h=rnn.hidden_size,
+                dtype=rnn.dtype.name,
+                device=engine.limits,
+            )
+            whole = plan.kernel in ("resident", "group")
+            self.nodes += 4 + rnn.num_layers * (plan.launches if whole else 2 * T)
 
     def queue(self, model: LanguageModel, counts: Array) -> None:
         """Queue it: always the same work. Where a mean is not finite, no later step is made."""

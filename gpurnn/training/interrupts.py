@@ -1,4 +1,4 @@
-"""Ctrl-C (and SIGTERM) as a request that the loop sees between two updates."""
+"""Ctrl-C (and SIGTERM) as a request that the loop sees between two updates, or a little later."""
 
 import signal
 import threading
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["Interrupts", "noticed_interrupts"]
+__all__ = ["Interrupts", "held_interrupts", "noticed_interrupts"]
 
 
 class Interrupts:
@@ -45,3 +45,26 @@ def noticed_interrupts() -> Iterator[Interrupts]:
         yield noticed
     finally:
         restore()
+
+
+@contextmanager
+def held_interrupts() -> Iterator[None]:
+    """Hold Ctrl-C back to the end of the context: what stands in it is done wholly or not begun.
+
+    For what waits for nothing. Outside the main thread nothing is changed, as nothing need be.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    if before is None:  # not Python's
+        yield
+        return
+    came: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)

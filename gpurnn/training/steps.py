@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -12,6 +13,7 @@ from gpurnn.batches import Epoch
 from gpurnn.cuda.arrays import copied
 from gpurnn.language_model import LanguageModel
 from gpurnn.optimizers import Optimizer, clip_global_norm
+from gpurnn.training.interrupts import held_interrupts
 from gpurnn.training.validation import Losses, Validation
 from gpurnn.validate import NonFiniteError
 
@@ -78,6 +80,9 @@ class Steps(Protocol):
     hidden: Floats | None
     """The state carried to the next batch, on the host; None is zeros, as before a first batch."""
 
+    told: deque[Event]
+    """What has happened, in order; who counts it takes it out."""
+
     def begin(self, plan: Plan, following: Callable[[], Plan | None]) -> None:
         """Set out on what is left of an epoch.
 
@@ -88,7 +93,7 @@ class Steps(Protocol):
     def advance(self) -> Sequence[Event]:
         """Go on; return updates that have been made since, or that an epoch has ended.
 
-        One or the other; nothing only where there is nothing left.
+        One or the other, which is also put into ``told``; nothing only where there is nothing left.
 
         Raises:
             Refused: an update could not be made, and is as if it had not been tried. What was
@@ -97,7 +102,7 @@ class Steps(Protocol):
         """
 
     def finish(self) -> Sequence[Event]:
-        """Return some of what was begun and not yet returned; nothing goes on by itself then.
+        """Return, and tell, some of what was begun and is not yet told; nothing goes on then.
 
         It may be called at any time, after an exception too, and is to be called until it returns
         nothing. That something was refused is for ``advance`` to say, and what can only be
@@ -108,7 +113,7 @@ class Steps(Protocol):
         """Wait until nothing goes on by itself."""
 
     def forget(self) -> None:
-        """Drop what was begun: the run goes on from elsewhere."""
+        """Drop all that was begun and told: the run goes on from elsewhere."""
 
     def state(self) -> dict[str, Floats]:
         """Return what the optimizer remembers, by name, on the host."""
@@ -148,6 +153,7 @@ class HostSteps:
         carries_state: bool,
     ) -> None:
         self.hidden: Floats | None = None
+        self.told: deque[Event] = deque()
         self._model, self._optimizer, self._clip = model, optimizer, clip
         self._seed, self._carries_state = seed, carries_state
         self._validation = validation
@@ -175,8 +181,11 @@ class HostSteps:
         if plan.first + self._done < len(plan.batches):
             return [self._step(plan, self._done)]
         valid = validated(self._validation, self._model)
-        self._plan = None
-        return [Ended(valid, {name: copied(a) for name, a in self._model.params.items()})]
+        ended = Ended(valid, {name: copied(a) for name, a in self._model.params.items()})
+        with held_interrupts():
+            self._plan = None
+            self.told.append(ended)
+        return [ended]
 
     def _step(self, plan: Plan, done: int) -> Update:
         started = time.perf_counter()
@@ -193,11 +202,14 @@ class HostSteps:
         norm = clip_global_norm(grads, self._clip)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise Refused(f"the loss is {loss}, the gradient's norm {norm}")
-        self._optimizer.step(self._model.params, grads, plan.lr(update))
-        if self._carries_state:
-            self.hidden = hidden
-        self._done += 1
-        return Update(loss, norm, Y.size, time.perf_counter() - started)
+        with held_interrupts():
+            self._optimizer.step(self._model.params, grads, plan.lr(update))
+            if self._carries_state:
+                self.hidden = hidden
+            self._done += 1
+            made = Update(loss, norm, Y.size, time.perf_counter() - started)
+            self.told.append(made)
+        return made
 
     def finish(self) -> list[Event]:
         """See ``Steps``."""
@@ -209,6 +221,7 @@ class HostSteps:
     def forget(self) -> None:
         """See ``Steps``."""
         self._plan = None
+        self.told.clear()
 
     def state(self) -> dict[str, Floats]:
         """See ``Steps``."""

@@ -16,6 +16,7 @@ from gpurnn.language_model import LanguageModel
 from gpurnn.optimizers import make_optimizer, scheduled
 from gpurnn.training.config import TrainingConfig
 from gpurnn.training.device import DeviceSteps
+from gpurnn.training.interrupts import held_interrupts
 from gpurnn.training.steps import Ended, Event, HostSteps, Plan, Spoilt, Steps, Update
 from gpurnn.training.validation import Losses, Validation
 from gpurnn.validate import NonFiniteError
@@ -93,7 +94,6 @@ class Trainer:
         self._rng_states = deque([self._batch_rng.bit_generator.state])
         self._planned = 0  # updates up to the end of the last planned epoch
         self._ahead = False
-        self._due: deque[Event] = deque()  # what has happened and is not counted yet
         self._untold: deque[Record] = deque()  # of epochs that have ended
         self._best: Mapping[str, Floats] = {}
         self.progress = _Progress()
@@ -224,6 +224,11 @@ class Trainer:
         rng = self._batch_rng
         rng.bit_generator.state = self._rng_states[-1]
         batches = self.sampler.epoch(rng)
+        if first > len(batches):
+            raise checkpoint.CheckpointError(
+                f"the run has done {first} batches of an epoch that has {len(batches)}: "
+                "it was that of another text"
+            )
         self._rng_states.append(rng.bit_generator.state)
         self._planned = update + len(batches) - first
         total = max(self.config.epochs * len(batches), 1)
@@ -235,26 +240,27 @@ class Trainer:
 
     def _count(self, steps: Callable[[], Sequence[Event]]) -> Sequence[Event]:
         """Count what ``steps`` says has happened, and return it."""
-        p = self.progress
+        p, told = self.progress, self._steps.told
         try:
-            self._due.extend(events := steps())
+            events = steps()
         except Spoilt as e:
             raise self._diverged(p.step, str(e)) from e
         except NonFiniteError as e:
             raise self._diverged(p.step + 1, str(e)) from e
-        while self._due:
-            event = self._due[0]
-            if isinstance(event, Ended):
-                self._end_epoch(event)
-                continue
-            self._due.popleft()
-            p.batch += 1
-            p.step += 1
-            p.losses.append(event.loss)
-            p.tokens.append(event.tokens)
-            p.epoch_tokens += event.tokens
-            p.epoch_seconds += event.seconds
-            p.largest_norm = max(p.largest_norm, event.norm)
+        with held_interrupts():
+            while told:
+                event = told[0]
+                if isinstance(event, Ended):
+                    self._end_epoch(event)
+                    continue
+                told.popleft()
+                p.batch += 1
+                p.step += 1
+                p.losses.append(event.loss)
+                p.tokens.append(event.tokens)
+                p.epoch_tokens += event.tokens
+                p.epoch_seconds += event.seconds
+                p.largest_norm = max(p.largest_norm, event.norm)
         return events
 
     def _lr(self, step: int, total: int) -> float:
@@ -305,7 +311,7 @@ class Trainer:
             "tokens_per_second": p.epoch_tokens / max(p.epoch_seconds, 1e-9),
             "seconds": p.seconds + p.epoch_seconds,
         }
-        self._due.popleft()
+        self._steps.told.popleft()
         p.epoch += 1
         p.seconds += p.epoch_seconds
         if valid is None:
@@ -367,7 +373,7 @@ class Trainer:
                 raise checkpoint.CheckpointError(
                     f"the checkpoint's {name} is another one: it differs in {', '.join(differing)}"
                 )
-        progress = _Progress(**document["progress"])
+        progress = _Progress(**copy.deepcopy(document["progress"]))
         params, best = _part(arrays, "model."), _part(arrays, "best.")
         state, hidden = _part(arrays, "optimizer."), arrays.get("state.hidden")
         expected = _layout(dict(self.model.params))
@@ -387,7 +393,6 @@ class Trainer:
         self._batch_rng.bit_generator.state = random["epoch" if drawn else "batches"]
         self._rng_states = deque([self._batch_rng.bit_generator.state])
         self._steps.forget()
-        self._due.clear()
         self._untold.clear()
         self.model.load_params(params)
         self._steps.load_state(state)
