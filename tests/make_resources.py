@@ -195,7 +195,7 @@ POINTWISE = ("layer_backward", "tail_forward", "tail_backward")
 
 UPDATE: tuple[Kind, ...] = ("update_norm", "update_apply")
 COLUMNS: tuple[Kind, ...] = ("column_sums", "column_parts")
-STEP_BESIDE: tuple[Kind, ...] = ("take_batch", "keep_state", "stop_unless_finite")
+STEP_BESIDE: tuple[Kind, ...] = ("take_batch", "keep_state")
 FORWARD: Kind = "resident_forward"
 BACKWARD: Kind = "resident_backward"
 
@@ -373,6 +373,8 @@ def _update_cases() -> Iterator[Case]:
             yield Case(KernelSpec(kind, Columns(sizes), "identity", dtype), SM_90, core=False)
     for kind in STEP_BESIDE:
         yield Case(KernelSpec(kind, None, "identity", "float32"), SM_90, core=False)
+    stop = KernelSpec("stop_unless_finite", None, "identity", "float64")
+    yield Case(stop, SM_90, core=False)
 
 
 def _token_cases() -> Iterator[Case]:

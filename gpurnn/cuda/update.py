@@ -125,7 +125,7 @@ def keep_state(engine: Engine, source: Array, target: Array, counts: Array) -> N
 def stop_unless_finite(engine: Engine, numbers: Array, counts: Array) -> None:
     """Let no later step change anything if one of the numbers (N,), float64, is not finite."""
     engine.launch(
-        KernelSpec("stop_unless_finite", None, "identity", "float32"),  # the same of any type
+        KernelSpec("stop_unless_finite", None, "identity", "float64"),
         (1, 1, 1),
         (THREADS, 1, 1),
         (numbers, counts),
