@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from group_setup import SMALL_CARD
-from training_setup import prepared, state_of, tiny, trained
+from training_setup import SHORTEST, prepared, state_of, trained
 
 import gpurnn
 from gpurnn.training import device, steps, trainer
@@ -50,22 +50,9 @@ def pressed(at: int) -> Iterator[list[int]]:
         sys.settrace(before)
 
 
-CONFIG = tiny(
-    sampling="sequential",
-    batch_size=2,
-    num_steps=2,
-    hidden_size=2,
-    max_tokens=16,
-    epochs=2,
-    optimizer="adamw",
-    lr=0.01,
-    valid_fraction=0.3,
-)
-
-
 def go_on_from(at: int, whole: Any) -> bool:
     """Train, interrupted at a line, then to the end; return whether it was interrupted at all."""
-    run, interrupted = prepared(CONFIG), False
+    run, interrupted = prepared(SHORTEST), False
     with pressed(at) as lines:
         try:
             run.trainer.run()
@@ -78,7 +65,7 @@ def go_on_from(at: int, whole: Any) -> bool:
 
 
 def test_at_any_line_on_numpy() -> None:
-    whole, at = state_of(trained(CONFIG)), 1
+    whole, at = state_of(trained(SHORTEST)), 1
     while go_on_from(at, whole):
         at += 1
     assert at > 100
@@ -87,7 +74,7 @@ def test_at_any_line_on_numpy() -> None:
 @pytest.mark.slow
 def test_at_many_a_line_on_a_device() -> None:
     with gpurnn.emulated(SMALL_CARD, check_races=False):
-        whole, at = state_of(trained(CONFIG)), 1
+        whole, at = state_of(trained(SHORTEST)), 1
         while go_on_from(at, whole):
             at += 13
     assert at > 200

@@ -53,6 +53,20 @@ def tiny(**changes: Any) -> TrainingConfig:
     return dataclasses.replace(TINY, **changes)
 
 
+# For tests that interrupt a run everywhere: two epochs of two batches, with all that is carried.
+SHORTEST = tiny(
+    sampling="sequential",
+    batch_size=2,
+    num_steps=2,
+    hidden_size=2,
+    max_tokens=16,
+    epochs=2,
+    optimizer="adamw",
+    lr=0.01,
+    valid_fraction=0.3,
+)
+
+
 def prepared(config: TrainingConfig) -> Run:
     return prepare(config, CORPUS)
 
